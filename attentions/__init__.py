@@ -1,0 +1,1 @@
+"""Attention mechanisms: one file each, beside the paper; imports torch and nothing of ours."""

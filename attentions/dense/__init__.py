@@ -1,0 +1,1 @@
+"""Exact softmax attention and its control, no attention."""

@@ -1,0 +1,1 @@
+"""Attention restricted to a neighbourhood of the query."""

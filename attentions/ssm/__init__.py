@@ -1,0 +1,1 @@
+"""Convolutions and state-space layers."""

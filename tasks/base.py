@@ -1,0 +1,177 @@
+"""What every task is: a spec, splits of examples, a loss and a score.
+
+Data depend on (task, split, seed) and the order of batches on its generator; neither can see the mechanism.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SPLITS = "train", "valid", "test"
+IGNORE = -100  # a target that is not scored: padding among the labelled positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Integer inputs: 0 .. vocab_size - 1."""
+
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerToken:
+    """One class out of `num_classes` at every labelled position."""
+
+    num_classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Unit and direction of a metric."""
+
+    unit: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """What a backbone and the report need to know of a task, without its data.
+
+    Args:
+        inputs: kind of input.
+        output: what is predicted.
+        length: longest input of any split, in positions.
+        causal: predictions at t may use inputs <= t only.
+        context: a second sequence for cross-attention, or None.
+        metrics: name -> unit and direction.
+        primary: the metric that ranks, a key of `metrics`.
+        chance: value of `primary` that guessing gives, the floor line.
+    """
+
+    inputs: Tokens
+    output: PerToken
+    length: int
+    causal: bool
+    metrics: Mapping[str, Metric]
+    primary: str
+    chance: float
+    context: Tokens | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Examples of one length, or a whole segment of them.
+
+    Args:
+        inputs: [B, L] token ids.
+        positions: [B, P] positions that carry a label; padding points at 0 with target IGNORE.
+        targets: [B, P] class at each labelled position, or IGNORE.
+        slices: name -> [B] or [B, P] integer values to report scores by (pairs, length, distance, ...).
+        key_mask: [B, L] bool, True at real tokens; None: no padding.
+    """
+
+    inputs: Tensor
+    positions: Tensor
+    targets: Tensor
+    slices: Mapping[str, Tensor] = field(default_factory=dict)
+    key_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
+
+    def _map(self, function) -> Batch:
+        return replace(
+            self,
+            inputs=function(self.inputs),
+            positions=function(self.positions),
+            targets=function(self.targets),
+            slices={name: function(value) for name, value in self.slices.items()},
+            key_mask=None if self.key_mask is None else function(self.key_mask),
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def rows(self, index: Tensor | slice) -> Batch:
+        """The examples at `index`, with the index types a model wants (int64)."""
+        return self._map(lambda tensor: tensor[index].long() if tensor.dtype != torch.bool else tensor[index])
+
+    def labels(self) -> Tensor:
+        """Targets as a full matrix [B, L], IGNORE where there is none (the layout of published data sets)."""
+        full = torch.full((len(self), self.inputs.shape[1]), IGNORE, dtype=torch.int64)
+        rows, columns = torch.nonzero(self.targets != IGNORE, as_tuple=True)
+        full[rows, self.positions[rows, columns].long()] = self.targets[rows, columns].long()
+        return full
+
+    def sha256(self) -> dict[str, str]:
+        """Hashes of inputs and labels as little-endian int64 buffers in C order."""
+        return {"inputs": sha256(self.inputs), "labels": sha256(self.labels())}
+
+
+def sha256(tensor: Tensor) -> str:
+    """Hash of a tensor as a little-endian int64 buffer in C order."""
+    return hashlib.sha256(np.ascontiguousarray(tensor.cpu().numpy(), dtype="<i8").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One number: the mean of `metric` over `count` items of a slice.
+
+    slice: (key, value), or ("all", "") for the whole split.
+    """
+
+    metric: str
+    value: float
+    count: int
+    slice: tuple[str, str] = ("all", "")
+
+
+class Task(ABC):
+    """Data and scoring of one benchmark.
+
+    Class attributes:
+        version: bumped when data or scoring change; part of a run's identity.
+        name: first half of the id; `protocol` (which published variant) is the second.
+    """
+
+    version: ClassVar[int]
+    name: ClassVar[str]
+    protocol: str
+    spec: TaskSpec
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}/{self.protocol}"
+
+    @abstractmethod
+    def segments(self, split: str, seed: int) -> Sequence[Batch]:
+        """The examples of a split, one Batch per segment of equal length; equal arguments give equal bytes.
+
+        Raises:
+            ValueError: an unknown split.
+        """
+
+    @abstractmethod
+    def batches(self, segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+        """One epoch over `segments`; shuffled by the (CPU) generator, in order when it is None."""
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats over the labelled positions; output [B, P, C], logits."""
+        return F.cross_entropy(output.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """What scoring keeps of an output [B, P, C]: the likeliest class [B, P]."""
+        return output.argmax(-1)
+
+    @abstractmethod
+    def score(self, predictions: Tensor, segment: Batch) -> list[Score]:
+        """Scores of a whole segment, on the CPU: predictions [N, P] against `segment`."""
