@@ -1,0 +1,1 @@
+"""Everything that runs: composing, training, measuring, storing, reporting."""

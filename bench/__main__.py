@@ -1,0 +1,94 @@
+"""`python -m bench`: the Hydra application. Composes every job of a sweep, then runs all of their cells together."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import errors
+from bench.config import CONF, Choice, check_overrides, choice, explain
+from bench.errors import UserError
+
+jobs: list[Choice] = []
+exit_status = 0
+
+
+def main() -> int:
+    """Parse with Hydra, collect its jobs, run them as one sweep."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and `explain` puts them in one line
+    arguments = get_args_parser().parse_args()
+    check_overrides(arguments.overrides, arguments.config_dir)
+    sys.argv[1:] = [_seeds_as_one(text) if arguments.multirun else text for text in sys.argv[1:]]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise explain(error, arguments.overrides, arguments.config_dir) from error
+    return run(jobs) if jobs else exit_status
+
+
+def _seeds_as_one(text: str) -> str:
+    """`seed=0,1,2` as the list seed=[0,1,2]: seeds are replicas of one cell, not jobs of their own."""
+    if found := re.fullmatch(r"seed=(\d+(?:,\d+)+)", text):
+        return f"seed=[{found[1]}]"
+    if found := re.fullmatch(r"seed=range\((\d+)(?:,(\d+))?\)", text):
+        first, last = (0, int(found[1])) if found[2] is None else (int(found[1]), int(found[2]))
+        return f"seed=[{','.join(map(str, range(first, last)))}]"
+    return text
+
+
+def collect(config: Any) -> None:
+    """Hydra's task function: keep the job for later, or run it here when a launcher has carried it to a worker."""
+    global exit_status
+    from hydra.core.hydra_config import HydraConfig
+
+    settings = HydraConfig.get()
+    job = choice(config, settings.runtime.choices, settings.overrides.task)
+    if "basic_launcher" in settings.launcher._target_:
+        jobs.append(job)
+    else:
+        exit_status = max(exit_status, run([job]))
+
+
+def run(choices: list[Choice]) -> int:
+    """Run all cells of the composed jobs and report; the exit status is 1 when a run failed for no reason of its own."""
+    from bench import environment, plan
+    from bench.progress import Progress
+    from bench.store import Store
+    from bench.sweep import FAILED, Sweep, slots
+
+    settings = choices[0].settings
+    cells = plan.merge(plan.cell(job) for job in choices)
+    store = Store(Path(settings["results"]).absolute())
+    command = "python -m bench " + " ".join(sys.argv[1:])
+    with Progress(cells) as progress:
+        sweep = Sweep(
+            cells=cells,
+            store=store,
+            retry=settings["retry"] or (),
+            slots=slots(settings["device"], settings["jobs"]),
+            progress=progress,
+            facts=dict(command=command, **environment.code()),
+        )
+        try:
+            sweep.run()
+        finally:
+            for warning in sweep.warnings:
+                print(warning, file=sys.stderr)
+    report(store, cells)
+    return 1 if any(sweep.statuses[status] for status in FAILED) else 0
+
+
+def report(store: Any, cells: list[Any]) -> None:
+    """Write the leaderboards that the cells belong to and print their ranked tables."""
+
+
+if __name__ == "__main__":
+    errors.run(main)

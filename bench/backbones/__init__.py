@@ -1,0 +1,1 @@
+"""Networks around a mechanism: each takes a TaskSpec and a factory of attention layers, never a config."""

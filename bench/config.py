@@ -1,0 +1,268 @@
+"""Configs: the typed budget, composing with Hydra, and one-line errors with the nearest valid name. No torch here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bench import source
+from bench.errors import UserError, nearest, unknown
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+GROUPS = ("task", "backbone", "attention", "budget", "suite")
+PARTS = ("task", "backbone", "attention", "budget")  # the groups that make a cell
+SETTINGS = ("device", "jobs", "results", "retry", "plugins")  # of a run; no result depends on them
+STATUSES = ("ok", "diverged", "nan", "oom", "timeout", "unsupported", "error", "killed", "interrupted")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass
+class Budget:
+    """Training effort, equal for every mechanism of a leaderboard.
+
+    Args:
+        max_steps: optimiser steps.
+        batch_size: examples per step; eval_batch_size: per evaluation chunk.
+        learning_rates: peak rates; the grid is searched per mechanism, the choice falls on `valid`.
+        warmup_steps: linear warm-up, then cosine to zero.
+        eval_every: steps between evaluations on `valid`.
+        stop_at: stop when the primary metric on `valid` reaches this; null: never.
+        diverged_at: stop when the mean training loss since the last evaluation exceeds this multiple of the first loss.
+        weight_decay, beta1, beta2: AdamW.
+        max_grad_norm: clip the global gradient norm; null: no clipping.
+        precision: float32 or bfloat16 (autocast).
+        program: eager or compiled (torch.compile).
+        time_limit_seconds: per replica, training and evaluation together.
+    """
+
+    max_steps: int = MISSING
+    batch_size: int = MISSING
+    learning_rates: list[float] = MISSING
+    warmup_steps: int = 0
+    eval_every: int = 100
+    eval_batch_size: int = 256
+    stop_at: float | None = None
+    diverged_at: float = 10.0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float | None = 1.0
+    precision: str = "float32"
+    program: str = "eager"
+    time_limit_seconds: float = 3600.0
+
+    def validate(self) -> None:
+        """Raises UserError naming the first value that cannot be used."""
+        for name in ("max_steps", "batch_size", "eval_every", "eval_batch_size", "time_limit_seconds", "diverged_at"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"budget.{name} must be positive, got {getattr(self, name)}; nearest: 1")
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"budget.{name} must not be negative, got {getattr(self, name)}; nearest: 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"budget.{name} must lie in [0, 1), got {getattr(self, name)}; nearest: 0.9")
+        if not self.learning_rates:
+            raise UserError("budget.learning_rates is empty; type for example budget.learning_rates=[0.001,0.003]")
+        for rate in self.learning_rates:
+            if not (rate > 0 and math.isfinite(rate)):
+                raise UserError(f"budget.learning_rates must be positive and finite, got {rate}")
+        if len(set(self.learning_rates)) != len(self.learning_rates):
+            raise UserError(f"budget.learning_rates repeats a value: {list(self.learning_rates)}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UserError(f"budget.max_grad_norm must be positive or null, got {self.max_grad_norm}")
+        for name, valid in (("precision", ("float32", "bfloat16")), ("program", ("eager", "compiled"))):
+            if getattr(self, name) not in valid:
+                raise unknown(f"budget.{name}", getattr(self, name), valid)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a result depends on; the grid and the limit on time only decide which results there are."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("learning_rates", "time_limit_seconds")}
+
+
+ConfigStore.instance().store(group="budget", name="base_budget", node=Budget)
+
+
+@dataclass
+class Choice:
+    """One composed configuration: resolved parts, their row names, and the settings of the run."""
+
+    parts: dict[str, Any]
+    names: dict[str, str]
+    seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)  # device, jobs, results, retry, plugins
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(**self.parts["budget"])
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> Choice:
+    """Compose one configuration without running it.
+
+    Raises:
+        UserError: an unknown name or key, a wrong type, a refused `_target_`.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    check_overrides(overrides, config_dir)
+    overrides = [*overrides, *([f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else [])]
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            config = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    except Exception as error:
+        raise explain(error, overrides, config_dir) from error
+    return choice(config, config.hydra.runtime.choices, config.hydra.overrides.task)
+
+
+def choice(config: DictConfig, choices: Any, overrides: Iterable[str]) -> Choice:
+    """Check a composed config and take it apart; see `compose` for errors."""
+    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    try:
+        resolved = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    assert isinstance(resolved, dict)
+    for key in resolved:
+        if key not in (*GROUPS, *SETTINGS, "seed"):
+            raise unknown("key", str(key), [*GROUPS, *SETTINGS, "seed"])
+    settings = {key: resolved[key] for key in SETTINGS}
+    plugins = settings["plugins"]
+    if not isinstance(plugins, list) or not all(re.fullmatch(r"\w+", str(p)) for p in plugins):
+        raise UserError(f"plugins must be a list of package names, got {plugins}; type plugins=[my_package]")
+    for status in settings["retry"] or []:
+        if status not in STATUSES:
+            raise unknown("status in retry", str(status), STATUSES)
+    for part in PARTS:
+        source.check(resolved[part], plugins, part)
+    budget = Budget(**resolved["budget"])
+    budget.validate()
+    names = {part: row_name(part, str(choices[part]), overrides) for part in PARTS}
+    return Choice(parts={p: resolved[p] for p in PARTS}, names=names, seeds=seeds(resolved["seed"]), settings=settings)
+
+
+def seeds(value: Any) -> list[int]:
+    """One seed or a list of seeds, as a list without repeats."""
+    values = value if isinstance(value, list) else [value]
+    for seed in values:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+            raise UserError(f"seed must be a whole number from 0 to {2**31 - 1} or a list of them, got {value!r}")
+    if not values:
+        raise UserError("seed is an empty list; type for example seed=[0,1,2]")
+    return list(dict.fromkeys(values))
+
+
+def row_name(part: str, name: str, overrides: Iterable[str]) -> str:
+    """Name of a row: the YAML's, with what was overridden in it: `sliding_window(window=32)`."""
+    changed = sorted(o.lstrip("+~").removeprefix(f"{part}.") for o in overrides if o.lstrip("+~").startswith(f"{part}."))
+    changed = [c for c in changed if not (part == "budget" and c.startswith(("learning_rates", "time_limit_seconds")))]
+    return f"{name}({','.join(changed)})" if changed else name
+
+
+def options(group: str, config_dir: str | None = None) -> dict[str, Path]:
+    """Names of a group -> YAML files, the user's folder last."""
+    folders = [CONF, *([Path(config_dir)] if config_dir else [])]
+    return {path.stem: path for folder in folders for path in sorted((folder / group).glob("*.yaml"))}
+
+
+def check_overrides(overrides: Sequence[str], config_dir: str | None = None) -> None:
+    """Refuse what would escape the configuration before Hydra sees it: paths as names, foreign plug-in targets."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir: there is no folder {config_dir}")
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise UserError(f'cannot read "{text}": {str(error).splitlines()[0]}; type KEY=VALUE') from error
+        key = override.key_or_group.split("@")[0]
+        if key in GROUPS:
+            for name in [str(value()) for value in _values(override)]:
+                if name not in ("None", "null") and not NAME.fullmatch(name):
+                    raise unknown(key, name, options(key, config_dir), f"All of them: python -m bench.list {key}s")
+        if key.startswith("hydra.") and ("_target_" in text or key.startswith(("hydra.run", "hydra.sweep.", "hydra.searchpath"))):
+            raise UserError(f'"{key}" is not for overrides; set the folder of results with results=FOLDER')
+        if override.is_delete() and key.split(".")[0] in (*GROUPS, *SETTINGS, "seed"):
+            raise UserError(f'"{text}": nothing can be taken out of a run; choose another value with {key}=VALUE')
+        if override.is_add() and key.split(".")[0] in (*PARTS, *SETTINGS, "seed"):
+            raise UserError(f'"{text}" would add a key; every key there is exists already: type {text.lstrip("+")}')
+
+
+def _values(override: Any) -> list[Any]:
+    """The names an override of a group chooses, as callables; a glob or a null chooses none that need a check."""
+    from hydra.core.override_parser.types import Glob
+
+    value = override.value()
+    if isinstance(value, Glob):
+        return []
+    if override.is_choice_sweep():
+        value = value.list
+    return [lambda v=v: v for v in (value if isinstance(value, list) else [value])]
+
+
+def explain(error: Exception, overrides: Sequence[str], config_dir: str | None = None) -> UserError:
+    """Hydra's and OmegaConf's errors in one line with the nearest valid names; never the advice to add a `+`."""
+    if isinstance(error, UserError):
+        return error
+    text = str(error)
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text = f"{text}\n{error.__cause__}"
+    if found := re.search(r"Could not find '([\w/@]+)/([^']+)'", text) or re.search(
+        r"In '[^']*': Could not find '([\w/@]+)/([^']+)'", text
+    ):
+        group, name = found.groups()
+        return unknown(group, name, options(group, config_dir), f"All of them: python -m bench.list {group}s")
+    if found := re.search(r"Could not (?:override|append to config[^']*|delete from config[^']*)\W*'([^']+)'", text):
+        return unknown("key", found[1], _keys(overrides, found[1], config_dir))
+    if found := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
+        key = re.search(r"full_key: (\S+)", text)
+        return unknown("key", key[1] if key else found[1], _keys(overrides, key[1] if key else found[1], config_dir))
+    if found := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
+        key = re.search(r"full_key: (\S+)", text)
+        kind = {"Integer": "a whole number", "Float": "a number"}.get(found[2], found[2])
+        return UserError(f'{key[1] if key else "value"} must be {kind}, got "{found[1]}"')
+    return UserError(text.splitlines()[0] if text else type(error).__name__)
+
+
+def _keys(overrides: Sequence[str], key: str, config_dir: str | None) -> list[str]:
+    """All keys near `key`: the top level, and those of the chosen YAML when `key` is inside a group."""
+    from omegaconf import OmegaConf
+
+    part = key.split(".")[0]
+    if part not in PARTS:
+        top = [*GROUPS, *SETTINGS, "seed"]
+        return [f"{nearest(part, top)[0]}.{key.partition('.')[2]}"] if "." in key else top
+    if part == "budget":
+        return [f"budget.{f.name}" for f in fields(Budget)]
+    chosen = [o.partition("=")[2] for o in overrides if o.startswith(f"{part}=")] or [str(_default(part))]
+    files = options(part, config_dir)
+    names: list[str] = []
+    for name in re.split(r"[,\s]+", chosen[-1]):
+        if name in files:
+            names += [f"{part}.{k}" for k in OmegaConf.load(files[name]) if not str(k).startswith("_")]
+    return names or [part]
+
+
+def _default(part: str) -> str:
+    for entry in OmegaConf.load(CONF / "config.yaml").defaults:
+        if isinstance(entry, DictConfig) and part in entry:
+            return str(entry[part])
+    return ""
+
+
+def defaults() -> dict[str, str]:
+    """The choices that conf/config.yaml makes: task, backbone, attention, budget."""
+    return {part: _default(part) for part in PARTS}

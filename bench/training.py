@@ -1,0 +1,130 @@
+"""The training program: the same steps, batches and schedule for every mechanism. The loop is the protocol."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bench.backbones.base import Backbone, stream
+from bench.config import Budget
+from bench.evaluation import evaluate
+from bench.program import make_step
+from tasks.base import Batch, Task
+
+VERSION = 1  # of the training program; bumped when the same configuration would give other numbers
+
+
+@dataclass
+class Training:
+    """What training one replica gave.
+
+    status: ok, nan or diverged, with the step and reason; stopped: why it ended (solved, steps).
+    """
+
+    status: str = "ok"
+    reason: str = ""
+    stopped: str = "steps"
+    steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def learning_rate(step: int, peak: float, budget: Budget) -> float:
+    """Linear warm-up over `warmup_steps`, then a cosine to zero at `max_steps`; step counts from 0."""
+    if step < budget.warmup_steps:
+        return peak * (step + 1) / budget.warmup_steps
+    progress = (step - budget.warmup_steps) / max(1, budget.max_steps - budget.warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def epochs(task: Task, segments: Sequence[Batch], batch_size: int, seed: int) -> Iterator[Batch]:
+    """Training batches for ever; the order depends on (task, seed) alone."""
+    generator = torch.Generator().manual_seed(stream(seed, f"{task.id} order"))
+    for _ in itertools.count():
+        yield from task.batches(segments, batch_size, generator)
+
+
+def optimiser(model: Backbone, peak: float, budget: Budget, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW on all parameters, weight decay included, as Zoology does.
+
+    On a CPU never `fused`: torch 2.13 applies a gradient whose strides differ from its parameter's to the wrong elements.
+    """
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=torch.tensor(peak, device=device) if device.type == "cuda" else peak,
+        betas=(budget.beta1, budget.beta2),
+        weight_decay=budget.weight_decay,
+        fused=True if device.type == "cuda" else None,
+    )
+
+
+def train(
+    model: Backbone,
+    task: Task,
+    splits: dict[str, Sequence[Batch]],
+    budget: Budget,
+    peak: float,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int, float | None], None] = lambda step, metric: None,
+) -> Training:
+    """Train one replica; early stop and status look at `valid` and the loss only, never at `test`.
+
+    Args:
+        splits: segments of train and valid, on the device.
+        peak: learning rate after warm-up.
+        progress: called at every evaluation with (steps done, primary metric on valid).
+    """
+    result = Training()
+    step_fn = make_step(model, task, optimiser(model, peak, budget, device), budget, device)
+    batches = epochs(task, splits["train"], budget.batch_size, seed)
+    primary = task.spec.primary
+    better = 1.0 if task.spec.metrics[primary].higher_is_better else -1.0
+    losses: list[Tensor] = []  # on the device: reading one per step would stall a GPU
+    first_loss = math.nan
+    while result.steps < budget.max_steps:
+        started = time.perf_counter()
+        interval = min(budget.eval_every, budget.max_steps - result.steps)
+        losses.clear()
+        for batch in itertools.islice(batches, interval):
+            losses.append(step_fn(batch, learning_rate(result.steps, peak, budget)))
+            result.steps += 1
+            result.examples += len(batch)
+            result.tokens += batch.inputs.numel()
+        values = torch.stack(losses).tolist()  # waits for the device: the interval's time is complete
+        result.seconds += time.perf_counter() - started
+        first_loss = values[0] if math.isnan(first_loss) else first_loss
+        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            step = result.steps - len(values) + bad + 1
+            result.status, result.reason = "nan", f"loss is {values[bad]} at step {step}"
+            result.stopped = "nan"
+            return result
+        mean_loss = sum(values) / len(values)
+        scores = evaluate(model, task, splits["valid"], budget)
+        row = dict(  # the columns of history.csv, see bench.store
+            step=result.steps,
+            train_loss=mean_loss,
+            valid_loss=scores.value("loss"),
+            valid_metric=scores.value(primary),
+            learning_rate=learning_rate(result.steps - 1, peak, budget),
+            seconds=result.seconds,
+        )
+        result.history.append(row)
+        progress(result.steps, row["valid_metric"])
+        if mean_loss > budget.diverged_at * first_loss:
+            result.status = result.stopped = "diverged"
+            result.reason = f"mean loss {mean_loss:.3g} by step {result.steps}, {first_loss:.3g} at the first"
+            return result
+        if budget.stop_at is not None and better * row["valid_metric"] >= better * budget.stop_at:
+            result.stopped = "solved"
+            return result
+    return result

@@ -1,0 +1,226 @@
+"""MQAR, multi-query associative recall: a sequence binds keys to values, then asks for each of them once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tasks import _mqar_data
+from tasks._mqar_segments import MAX_VOCAB, read_segments, whole
+from tasks.base import IGNORE, SPLITS, Batch, Metric, PerToken, Score, Task, TaskSpec, Tokens
+
+PROTOCOLS = "clean", "zoology_iclr24", "based_mix"
+
+
+class MQAR(Task):
+    """K pairs `key value`, then every key once more, at power-law distances; predict its value on the asking token.
+
+    The law of keys, values and query positions is one for all protocols and stands in `tasks/_mqar_data.py`:
+
+        position   0  1  2  3    4  5  6  7  8  9 10 11       K = 2 pairs, L = 12, fillers as dots
+        input      3  7  1  9    1  .  3  .  .  .  .  .
+        label                    9     7
+
+    Protocols differ in filler, seeds and order:
+        clean: ours. A filler is uniform over all tokens that are not keys of its sequence, drawn by the segment's own
+            generator (task, split, seed, index of the segment). It may be a value of the sequence: a key is asked
+            once, so what follows a query rebinds nothing that is asked later, while leaving values out would mark the
+            filler as filler. Batches mix all segments of equal length (`pairs` vary within a batch, labelled positions
+            padded with IGNORE); batches of different lengths come in random order; nothing is padded in length.
+        zoology_iclr24: figure 2 of Zoology at the tag `iclr24`: one train and one test segment, filler 0, legacy seeds
+            0 and 10, train shuffled.
+        based_mix: the mixture of Based and of Zoology since February 2024: seeds from the stream of 123, filler from
+            torch's stream of 123, consumed by the train segments and then by the test segments (it can be a key of
+            the sequence), contiguous batches, never shuffled: easy to hard in every epoch.
+
+    In the published protocols the data are one published draw: `seed` changes nothing. They have no validation split
+    and chose on test; `valid` is drawn by the same law from seeds of its own (20, 21, ...; the next draws of the
+    stream of 123, which also seed its filler), so train and test stay bit for bit.
+
+    Only value tokens can be answers, so chance is 1 / (V / 2); guessing among the values seen gives 1 / K.
+
+    Args:
+        protocol: clean, zoology_iclr24 or based_mix.
+        vocab_size: V, even: keys 1 .. V/2 - 1, values V/2 .. V - 1.
+        train, valid, test: segments {length, num_pairs, num_examples}; length even and >= 4 * num_pairs.
+        power_a: exponent a of the law of query positions; 1 is uniform, small prefers near ones.
+
+    Raises:
+        ValueError: at construction, a setting that has no data, in one line with the nearest valid one.
+
+    Source: Arora et al. 2023 (Zoology), https://arxiv.org/abs/2312.04927; Arora et al. 2024 (Based),
+    https://arxiv.org/abs/2402.18668. Accuracy is theirs: mean over examples of each example's accuracy.
+    """
+
+    version = 1
+    name = "mqar"
+
+    def __init__(
+        self,
+        *,
+        protocol: str,
+        vocab_size: int,
+        train: Sequence[Mapping[str, int]],
+        valid: Sequence[Mapping[str, int]],
+        test: Sequence[Mapping[str, int]],
+        power_a: float = 0.01,
+    ):
+        if protocol not in PROTOCOLS:
+            near = difflib.get_close_matches(str(protocol), PROTOCOLS, n=1, cutoff=0.0)[0]
+            raise ValueError(f'unknown protocol "{protocol}"; nearest: {near}. All of them: {", ".join(PROTOCOLS)}')
+        whole("vocab_size", vocab_size, 4)
+        if vocab_size % 2 or vocab_size > MAX_VOCAB:
+            evens = f"{vocab_size - 1}, {vocab_size + 1}" if vocab_size < MAX_VOCAB else MAX_VOCAB
+            raise ValueError(
+                f"vocab_size must be even (half keys, half values) and at most {MAX_VOCAB}, got {vocab_size}; "
+                f"nearest: {evens}"
+            )
+        if isinstance(power_a, bool) or not isinstance(power_a, (int, float)) or not 0 < power_a <= 10:
+            raise ValueError(f"power_a must be a number above 0 and at most 10, got {power_a!r}; published: 0.01")
+        self.protocol, self.vocab_size, self.power_a = protocol, vocab_size, float(power_a)
+        self._segments = {
+            split: read_segments(split, given, vocab_size, published=protocol != "clean")
+            for split, given in zip(SPLITS, (train, valid, test), strict=True)
+        }
+        for split in ("train", "test"):
+            if protocol == "zoology_iclr24" and len(self._segments[split]) > 1:
+                raise ValueError(
+                    f"protocol zoology_iclr24 has one {split} segment, got {len(self._segments[split])}; "
+                    "keep one, or type protocol=based_mix or protocol=clean"
+                )
+        self.spec = TaskSpec(
+            inputs=Tokens(vocab_size=vocab_size),
+            output=PerToken(num_classes=vocab_size),
+            length=max(segment.length for segments in self._segments.values() for segment in segments),
+            causal=True,
+            metrics={
+                "accuracy": Metric(unit="fraction", higher_is_better=True),
+                "loss": Metric(unit="nats", higher_is_better=False),
+            },
+            primary="accuracy",
+            chance=2 / vocab_size,
+        )
+
+    # -- data -------------------------------------------------------------------------------------
+
+    def segments(self, split: str, seed: int) -> list[Batch]:
+        if split not in SPLITS:
+            raise ValueError(f'unknown split "{split}"; there are: {", ".join(SPLITS)}')
+        wanted = self._segments[split]
+        law = self.vocab_size, self.power_a
+        if self.protocol == "clean":
+            return [_mqar_data.clean(s, *law, self._generator(split, seed, i)) for i, s in enumerate(wanted)]
+        seeds = self._published_seeds(split)
+        if self.protocol == "zoology_iclr24":
+            return [_mqar_data.published(s, *law, own, None) for s, own in zip(wanted, seeds, strict=True)]
+        stream = torch.Generator().manual_seed(123)
+        if split == "test":
+            for segment in self._segments["train"]:  # they come first in the stream
+                _mqar_data.skip_filler(segment, self.vocab_size, stream)
+        return [
+            _mqar_data.published(s, *law, own, torch.Generator().manual_seed(own) if split == "valid" else stream)
+            for s, own in zip(wanted, seeds, strict=True)
+        ]
+
+    def _generator(self, split: str, seed: int, index: int) -> np.random.Generator:
+        digest = hashlib.sha256(f"{self.id} {split} seed={operator.index(seed)} segment={index}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest, "little"))
+
+    def _published_seeds(self, split: str) -> list[int]:
+        count = {name: len(segments) for name, segments in self._segments.items()}
+        if self.protocol == "zoology_iclr24":
+            return {"train": [0], "test": [10], "valid": list(range(20, 20 + count["valid"]))}[split]
+        random = np.random.RandomState(123)  # its stream is the protocol
+        half, full = 2**31, 2**32
+        seeds = {"train": random.randint(0, half, size=count["train"], dtype=np.int64)}
+        seeds["test"] = random.randint(half, full, size=count["test"], dtype=np.int64)
+        seeds["valid"] = random.randint(0, full, size=count["valid"], dtype=np.int64)
+        return seeds[split].tolist()
+
+    def batches(self, segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+        """One epoch, every example once; the order of examples and lengths is the generator's (see the protocols)."""
+        whole("batch_size", batch_size, 1)
+        if generator is None or self.protocol == "based_mix":
+            for segment in segments:
+                for start in range(0, len(segment), batch_size):
+                    yield segment.rows(slice(start, start + batch_size))
+            return
+        by_length: dict[int, list[Batch]] = {}
+        for segment in segments:
+            by_length.setdefault(segment.inputs.shape[1], []).append(segment)
+        pools = [_merge(group) for group in by_length.values()]
+        plan = [
+            (pool, rows) for pool in pools for rows in torch.randperm(len(pool), generator=generator).split(batch_size)
+        ]
+        for i in torch.randperm(len(plan), generator=generator).tolist():
+            pool, rows = plan[i]
+            yield pool.rows(rows.to(pool.inputs.device))
+
+    # -- scoring ----------------------------------------------------------------------------------
+
+    def score(self, predictions: Tensor, segment: Batch) -> list[Score]:
+        """Accuracy of predictions [N, P], over all and by slice.
+
+        Per example (count: examples): `segment` ("64x4", length x pairs), `length`, `pairs`. Per query (count:
+        queries): `distance` from the key's first position to its query, and `order` of the query in the sequence,
+        both in ranges of powers of two ("16-31").
+        """
+        shape = segment.targets.shape
+        if predictions.shape != shape:
+            raise ValueError(
+                f"predictions must be [N, P] = {list(shape)} like the targets, got {list(predictions.shape)}"
+            )
+        labelled = segment.targets != IGNORE
+        correct = (predictions == segment.targets) & labelled
+        per_example = correct.sum(1).double() / labelled.sum(1)
+        scores = [Score(metric="accuracy", value=per_example.mean().item(), count=len(segment))]
+        length, pairs = segment.slices["length"].long(), segment.slices["pairs"].long()
+        scores += _by("segment", length << 32 | pairs, per_example, lambda cell: f"{cell >> 32}x{cell & 0xFFFFFFFF}")
+        scores += _by("length", length, per_example, str)
+        scores += _by("pairs", pairs, per_example, str)
+        powers = 2 ** torch.arange(1 + int(math.log2(self.spec.length)))
+        for name in ("distance", "order"):
+            bucket = torch.bucketize(segment.slices[name][labelled].long(), powers, right=True)
+            scores += _by(name, bucket, correct[labelled].double(), _power_range)
+        return scores
+
+
+def _by(key: str, group: Tensor, value: Tensor, label: Callable[[int], str]) -> list[Score]:
+    """Mean of value [n] in each group [n]."""
+    groups, member, count = group.unique(return_inverse=True, return_counts=True)
+    mean = torch.bincount(member, weights=value) / count
+    return [
+        Score(metric="accuracy", value=m, count=c, slice=(key, label(g)))
+        for g, m, c in zip(groups.tolist(), mean.tolist(), count.tolist(), strict=True)
+    ]
+
+
+def _power_range(bucket: int) -> str:
+    """Bucket b > 0 holds 2^(b-1) .. 2^b - 1; bucket 0 holds 0."""
+    first, last = 2**bucket // 2, 2**bucket - 1
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _merge(segments: Sequence[Batch]) -> Batch:
+    """Segments of one length as one, labelled positions padded to the widest: target IGNORE, all else 0."""
+    if len(segments) == 1:
+        return segments[0]
+    width = max(segment.targets.shape[1] for segment in segments)
+
+    def joined(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
+        return torch.cat([t if t.dim() == 1 else F.pad(t, (0, width - t.shape[1]), value=fill) for t in tensors])
+
+    return Batch(
+        inputs=torch.cat([segment.inputs for segment in segments]),
+        positions=joined([segment.positions for segment in segments]),
+        targets=joined([segment.targets for segment in segments], IGNORE),
+        slices={name: joined([segment.slices[name] for segment in segments]) for name in segments[0].slices},
+    )
