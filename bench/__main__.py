@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from bench import errors
 from bench.config import CONF, Choice, check_overrides, choice, explain
 from bench.errors import UserError
+from bench.expand import seeds_as_one
 
 jobs: list[Choice] = []
 exit_status = 0
@@ -24,7 +24,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and `explain` puts them in one line
     arguments = get_args_parser().parse_args()
     check_overrides(arguments.overrides, arguments.config_dir)
-    sys.argv[1:] = [_seeds_as_one(text) if arguments.multirun else text for text in sys.argv[1:]]
+    sys.argv[1:] = [seeds_as_one(text) if arguments.multirun else text for text in sys.argv[1:]]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
     except (UserError, KeyboardInterrupt):
@@ -32,16 +32,6 @@ def main() -> int:
     except Exception as error:
         raise explain(error, arguments.overrides, arguments.config_dir) from error
     return run(jobs) if jobs else exit_status
-
-
-def _seeds_as_one(text: str) -> str:
-    """`seed=0,1,2` as the list seed=[0,1,2]: seeds are replicas of one cell, not jobs of their own."""
-    if found := re.fullmatch(r"seed=(\d+(?:,\d+)+)", text):
-        return f"seed=[{found[1]}]"
-    if found := re.fullmatch(r"seed=range\((\d+)(?:,(\d+))?\)", text):
-        first, last = (0, int(found[1])) if found[2] is None else (int(found[1]), int(found[2]))
-        return f"seed=[{','.join(map(str, range(first, last)))}]"
-    return text
 
 
 def collect(config: Any) -> None:

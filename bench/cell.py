@@ -230,7 +230,13 @@ def describe(task: Any, cell: Cell) -> dict[str, Any]:
 
 def header(cell: Cell) -> dict[str, Any]:
     """The fields that every record of a cell shares, whoever writes it."""
-    return dict(names=cell.names, config=cell.parts, source_hash=cell.source_hash, precision=cell.budget.precision)
+    return dict(
+        names=cell.names,
+        config=cell.parts,
+        source_hash=cell.source_hash,
+        precision=cell.budget.precision,
+        plugins=cell.settings["plugins"],
+    )
 
 
 def write(store: Store, record: dict[str, Any], cell: Cell, history: list[dict[str, float]]) -> None:

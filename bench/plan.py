@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from bench import source
 from bench.config import Budget, Choice
 from bench.store import Store, digest
 
-TRAINING_SOURCE = "bench.training"  # its VERSION is part of every identity
 ALWAYS_RETRIED = ("killed", "interrupted")  # nobody's fault; other failures are results until retry=[...] says otherwise
 
 
@@ -45,46 +47,58 @@ class Cell:
         return f"{self.names['task']} {self.names['backbone']} {self.names['attention']}"
 
 
+def identity(parts: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything a cell's results depend on, as code and configs stand now; `attention_source` is the code's hash.
+
+    Raises:
+        UserError: a `_target_` that cannot be found.
+    """
+    names = tuple(plugins)
+    return dict(
+        program=training_version(),
+        task=parts["task"],
+        task_version=source.literal(source.resolve(parts["task"]["_target_"], names), "version"),
+        backbone=parts["backbone"],
+        attention=parts["attention"],
+        attention_source=source.source_hash(tuple(source.targets(parts["attention"])), names),
+        budget=Budget(**parts["budget"]).identity(),
+    )
+
+
+def replica(common: dict[str, Any], learning_rate: float, seed: int) -> Replica:
+    """The run of a learning rate and a seed in the cell that `common` identifies."""
+    run = {**common, "learning_rate": learning_rate, "seed": seed}
+    unsourced = {key: value for key, value in run.items() if key != "attention_source"}
+    return Replica(run_id=digest(run), config_id=digest(unsourced), learning_rate=learning_rate, seed=seed)
+
+
 def cell(choice: Choice) -> Cell:
     """The cell of a configuration, with its replicas: every learning rate of the grid for every seed."""
-    plugins = tuple(choice.settings["plugins"])
-    task = source.resolve(choice.parts["task"]["_target_"], plugins)
-    mechanism = source.source_hash(tuple(source.targets(choice.parts["attention"])), plugins)
-    common = dict(
-        program=training_version(),
-        task=choice.parts["task"],
-        task_version=source.literal(task, "version"),
-        backbone=choice.parts["backbone"],
-        attention=choice.parts["attention"],
-        budget=choice.budget.identity(),
-    )
-    with_source = {**common, "attention_source": mechanism}
-    replicas = [
-        Replica(
-            run_id=digest({**with_source, "learning_rate": rate, "seed": seed}),
-            config_id=digest({**common, "learning_rate": rate, "seed": seed}),
-            learning_rate=rate,
-            seed=seed,
-        )
-        for rate in choice.budget.learning_rates
-        for seed in choice.seeds
-    ]
+    common = identity(choice.parts, choice.settings["plugins"])
     return Cell(
-        id=digest(with_source),
+        id=digest(common),
         parts=choice.parts,
         names=choice.names,
         task_version=common["task_version"],
-        source_hash=mechanism,
-        replicas=replicas,
+        source_hash=common["attention_source"],
+        replicas=[replica(common, rate, seed) for rate in choice.budget.learning_rates for seed in choice.seeds],
         settings=choice.settings,
     )
 
 
+def is_stale(record: dict[str, Any]) -> bool:
+    """Whether the same configuration would be another run today: the mechanism, the task or the program has changed.
+
+    Raises:
+        UserError: the mechanism or the task is no longer there.
+    """
+    common = identity(record["config"], record["plugins"])
+    return replica(common, record["learning_rate"], record["seed"]).run_id != record["run_id"]
+
+
+@cache
 def training_version() -> int:
     """`VERSION` of the training program, read without importing it."""
-    import ast
-    from pathlib import Path
-
     tree = ast.parse(Path(__file__).with_name("training.py").read_text(encoding="utf-8"))
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "VERSION":
@@ -97,8 +111,8 @@ def merge(cells: Iterable[Cell]) -> list[Cell]:
     merged: dict[str, Cell] = {}
     for new in cells:
         old = merged.setdefault(new.id, new)
-        known = {replica.run_id for replica in old.replicas}
-        old.replicas += [replica for replica in new.replicas if replica.run_id not in known]
+        known = {planned.run_id for planned in old.replicas}
+        old.replicas += [planned for planned in new.replicas if planned.run_id not in known]
     return list(merged.values())
 
 
@@ -106,8 +120,8 @@ def outstanding(cell: Cell, store: Store, retry: Sequence[str] = (), warnings: l
     """Replicas without a final record: never run, or ended with a status that is to be run again."""
     again = {*ALWAYS_RETRIED, *retry}
     left = []
-    for replica in cell.replicas:
-        record = store.latest(replica.run_id, warnings)
+    for planned in cell.replicas:
+        record = store.latest(planned.run_id, warnings)
         if record is None or record["status"] in again:
-            left.append(replica)
+            left.append(planned)
     return left

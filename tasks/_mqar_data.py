@@ -58,15 +58,17 @@ def assemble(segment: Segment, vocab_size: int, chunks: Iterator[Rows]) -> Batch
         targets[now] = np.take_along_axis(rows.values, pair, 1)
         positions[now] = context + 2 * slot
         distance[now] = positions[now] - 2 * pair
-    order = torch.arange(pairs).to(torch.from_numpy(positions).dtype)
-    slices = {
-        "pairs": torch.full((n,), pairs, dtype=torch.int32),
-        "length": torch.full((n,), segment.length, dtype=torch.int32),
-        "distance": torch.from_numpy(distance),
-        "order": order.expand(n, pairs),
-    }
-    tensors = (torch.from_numpy(array) for array in (inputs, positions, targets))
-    return Batch(**dict(zip(("inputs", "positions", "targets"), tensors, strict=True)), slices=slices)
+    return Batch(
+        inputs=torch.from_numpy(inputs),
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        slices={
+            "pairs": torch.full((n,), pairs, dtype=torch.int32),
+            "length": torch.full((n,), segment.length, dtype=torch.int32),
+            "distance": torch.from_numpy(distance),
+            "order": torch.from_numpy(np.arange(pairs, dtype=dtype)).expand(n, pairs),
+        },
+    )
 
 
 # -- protocol clean -------------------------------------------------------------------------------

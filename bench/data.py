@@ -1,0 +1,123 @@
+"""`python -m bench.data task=mqar [seed=0] [task.KEY=VALUE ...] [save=FOLDER]`: make a task's data, hash it, save it.
+
+Prints one line per split and segment; hashes are the first 16 digits of the sha256 of inputs and labels as
+little-endian int64 in C order. With save=FOLDER each segment becomes FOLDER/SPLIT_INDEX.npz with `inputs` [N, L] and
+`labels` [N, L] (-100 where nothing is asked), in the smallest integer type that the task uses.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import errors
+from bench.config import compose
+from bench.errors import UserError
+
+COLUMNS = (
+    "split",
+    "segment",
+    "examples",
+    "length",
+    "pairs",
+    "labels",
+    "bytes",
+    "seconds",
+    "inputs sha256",
+    "labels sha256",
+)
+
+
+def main() -> int:
+    """Raises UserError for a wrong key, value or folder."""
+    overrides, folder = read_arguments(sys.argv[1:])
+    choice = compose(overrides)
+    if len(choice.seeds) > 1:
+        raise UserError(f"bench.data takes one seed, got {choice.seeds}; type seed={choice.seeds[0]}")
+    seed = choice.seeds[0]
+
+    from bench.cell import make_task  # imports torch: after the settings are known to be right
+
+    task = make_task(choice.parts["task"])
+    print(f"{task.id}, version {task.version}, seed {seed}")
+    line = "{:<5}  {:>7}  {:>8}  {:>6}  {:>5}  {:>6}  {:>11}  {:>7}  {:<16}  {:<16}".format
+    print(line(*COLUMNS).rstrip())
+    for row in generate(task, seed, folder):
+        print(line(*row), flush=True)
+    if folder is not None:
+        print(f"saved in {folder}")
+    return 0
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Overrides of the configuration, and the folder of save=FOLDER, which is not part of it."""
+    folders = [text.partition("=")[2] for text in arguments if text.startswith("save=")]
+    overrides = [text for text in arguments if not text.startswith("save=")]
+    if len(folders) > 1 or "" in folders:
+        raise UserError("save takes one folder; type save=FOLDER")
+    if not any(text.startswith("task=") for text in overrides):
+        raise UserError("which task? type for example: python -m bench.data task=mqar")
+    return overrides, Path(folders[0]).expanduser() if folders else None
+
+
+def generate(task: Any, seed: int, folder: Path | None) -> Iterator[tuple[Any, ...]]:
+    """Rows of the table, one per segment; seconds are those of the whole split, on its first line."""
+    from tasks.base import IGNORE, SPLITS
+
+    for split in SPLITS:
+        start = time.perf_counter()
+        segments = task.segments(split, seed)
+        seconds = f"{time.perf_counter() - start:.2f}"
+        for index, segment in enumerate(segments):
+            pairs = segment.slices["pairs"].unique().tolist() if "pairs" in segment.slices else []
+            hashes = segment.sha256()
+            if folder is not None:
+                save(folder / f"{split}_{index}.npz", segment)
+            yield (
+                split,
+                index,
+                *segment.inputs.shape[:2],
+                "-".join(map(str, sorted({*pairs[:1], *pairs[-1:]}))) or "-",
+                int((segment.targets != IGNORE).sum(1).max()),
+                sum(t.numel() * t.element_size() for t in (segment.inputs, segment.positions, segment.targets)),
+                "" if index else seconds,
+                hashes["inputs"][:16],
+                hashes["labels"][:16],
+            )
+
+
+def save(path: Path, segment: Any) -> None:
+    """Write one segment, whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    import numpy as np
+
+    inputs = segment.inputs.numpy()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, inputs=inputs, labels=segment.labels().numpy().astype(inputs.dtype))
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)  # mkstemp's files are their owner's alone
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"cannot save in {path.parent}: {error.strerror or error}; type save=FOLDER with another folder"
+        ) from error
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,160 @@
+"""`python -m bench.list attentions|tasks|backbones|budgets|suites`: capability tables, read from source and YAML alone."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from bench import errors, source
+from bench.config import GROUPS, Budget, defaults, options
+from bench.errors import UserError, unknown
+
+PATTERN_WORDS = {
+    "NONCAUSAL_SELF": "noncausal self",
+    "CAUSAL_SELF": "causal self",
+    "NONCAUSAL_CROSS": "noncausal cross",
+    "CAUSAL_CROSS": "causal cross",
+}
+SHORTHAND = {
+    "SELF": ("NONCAUSAL_SELF", "CAUSAL_SELF"),
+    "CROSS": ("NONCAUSAL_CROSS", "CAUSAL_CROSS"),
+    "ALL": tuple(PATTERN_WORDS),
+}
+
+
+def patterns(text: str) -> set[str]:
+    """Names of the single patterns in the source text of a `patterns` attribute."""
+    names = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+    return {single for name in names for single in SHORTHAND.get(name, (name,)) if single in PATTERN_WORDS}
+
+
+def comment(path: Path) -> str:
+    """The first comment of a YAML: the sentence that says what it is."""
+    lines = (line.lstrip("# ").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    return next((line for line in lines if not line.startswith("@package")), "")
+
+
+def attentions(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
+    """One row per mechanism: family, patterns, decode state, paper. A hybrid has what all of its layers have."""
+    rows = []
+    for name, path in files.items():
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        outer = source.resolve(config["_target_"], plugins)
+        leaves = [source.resolve(t, plugins) for t in source.targets(config)]
+        leaves = [target for target in leaves if source.constant(target, "patterns")] or [outer]
+        sets = [patterns(source.constant(leaf, "patterns") or "") for leaf in leaves]
+        common = set.intersection(*sets)
+        papers = [source.literal(leaf, "paper", "") for leaf in leaves]
+        rows.append(
+            {
+                "attention": name,
+                "family": outer.family,
+                **{words: "yes" if key in common else "-" for key, words in PATTERN_WORDS.items()},
+                "what": comment(path),
+                "paper": papers[-1].removeprefix("https://"),
+            }
+        )
+    return rows
+
+
+def tasks(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
+    """One row per task preset: id, version and what it is."""
+    rows = []
+    for name, path in files.items():
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        target = source.resolve(config["_target_"], plugins)
+        identity = "/".join(filter(None, [source.literal(target, "name", ""), str(config.get("protocol", ""))]))
+        version = str(source.literal(target, "version", "-"))
+        rows.append({"task": name, "id": identity, "version": version, "what": comment(path)})
+    return rows
+
+
+def backbones(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
+    """One row per backbone preset: slots and shape."""
+    rows = []
+    for name, path in files.items():
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        target = source.resolve(config["_target_"], plugins)
+        slots = source.constant(target, "slots") or ""
+        names = re.findall(r"'(\w+)': Pattern\.(\w+)", slots)
+        rows.append(
+            {
+                "backbone": name,
+                "slots": ", ".join(f"{slot} ({PATTERN_WORDS.get(p, p)})" for slot, p in names),
+                "layers": str(config.get("num_layers", "-")),
+                "dim": str(config.get("dim", "-")),
+                "heads": str(config.get("num_heads", "-")),
+                "what": comment(path),
+            }
+        )
+    return rows
+
+
+def budgets(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
+    """One row per budget."""
+    rows = []
+    for name, path in files.items():
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        budget = Budget(**{key: value for key, value in config.items() if key != "defaults"})
+        rows.append(
+            {
+                "budget": name,
+                "steps": str(budget.max_steps),
+                "batch": str(budget.batch_size),
+                "learning rates": " ".join(f"{rate:g}" for rate in budget.learning_rates),
+                "precision": budget.precision,
+                "what": comment(path),
+            }
+        )
+    return rows
+
+
+def suites(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
+    """One row per named sweep."""
+    return [{"suite": name, "what": comment(path)} for name, path in files.items()]
+
+
+TABLES = dict(attentions=attentions, tasks=tasks, backbones=backbones, budgets=budgets, suites=suites)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.list", description=__doc__)
+    parser.add_argument("group", nargs="?", help=", ".join(TABLES))
+    parser.add_argument("--config-dir", help="folder with YAMLs of your own")
+    parser.add_argument("--plugins", default="", help="packages of yours, separated by commas")
+    arguments = parser.parse_args()
+    groups = [arguments.group] if arguments.group else list(TABLES)
+    for group in groups:
+        if group not in TABLES:
+            raise unknown("group", group, TABLES)
+        if arguments.config_dir and not Path(arguments.config_dir).is_dir():
+            raise UserError(f"--config-dir: there is no folder {arguments.config_dir}")
+        assert group[:-1] in GROUPS
+        files = options(group[:-1], arguments.config_dir)
+        show(group, TABLES[group](files, [p for p in arguments.plugins.split(",") if p]))
+
+
+def show(title: str, rows: list[dict[str, str]]) -> None:
+    """Print rows as an aligned table; wide columns fold in a terminal and never in a pipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
+    default = defaults().get(title[:-1])
+    table = Table(title=f"{title} ({len(rows)}; default: {default})" if default else f"{title} ({len(rows)})", box=None)
+    table.title_justify = "left"
+    for column in rows[0] if rows else []:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+if __name__ == "__main__":
+    errors.run(main)
