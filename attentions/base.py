@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -142,6 +142,8 @@ class Attention(nn.Module, ABC):
     patterns: ClassVar[Pattern]
     paper: ClassVar[str]
     stepwise: ClassVar[str | None] = None  # why decoding differs from training by design; None: it does not
+    # hyper-parameters for length T at which it is softmax attention, for contract tests; None: there are none
+    full_budget: ClassVar[Callable[[int], dict[str, Any]] | None] = None
 
     def __init__(self, spec: LayerSpec):
         super().__init__()

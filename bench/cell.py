@@ -74,12 +74,11 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
             if why_not is not None:
                 outcome = dict(status="unsupported", reason=why_not)
             else:
-                if replica.seed not in data:
+                key = replica.seed if task.seeded else 0
+                if key not in data:
                     data.clear()  # one data set at a time on the device
-                    data[replica.seed] = load(task, replica.seed, device)
-                outcome, history = replicate(
-                    task, backbone, attention, budget, replica, data[replica.seed], device, emit
-                )
+                    data[key] = load(task, key, device)
+                outcome, history = replicate(task, backbone, attention, budget, replica, data[key], device, emit)
         except KeyboardInterrupt:
             raise
         except Exception as exception:

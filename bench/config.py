@@ -127,7 +127,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Choice:
 
 def choice(config: DictConfig, choices: Any, overrides: Iterable[str]) -> Choice:
     """Check a composed config and take it apart; see `compose` for errors."""
-    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         resolved = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -252,15 +252,13 @@ def _keys(overrides: Sequence[str], key: str, config_dir: str | None) -> list[st
     names: list[str] = []
     for name in re.split(r"[,\s]+", chosen[-1]):
         if name in files:
-            names += [f"{part}.{k}" for k in OmegaConf.load(files[name]) if not str(k).startswith("_")]
+            names += [f"{part}.{k}" for k in map(str, OmegaConf.load(files[name])) if not k.startswith("_")]
     return names or [part]
 
 
 def _default(part: str) -> str:
-    for entry in OmegaConf.load(CONF / "config.yaml").defaults:
-        if isinstance(entry, DictConfig) and part in entry:
-            return str(entry[part])
-    return ""
+    entries: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml").defaults)
+    return next((str(entry[part]) for entry in entries if isinstance(entry, dict) and part in entry), "")
 
 
 def defaults() -> dict[str, str]:

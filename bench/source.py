@@ -127,14 +127,16 @@ class Keyword:
 
 def keywords(target: Target) -> dict[str, Keyword]:
     """Keywords of the constructor or function; `spec`, `task` and the like are positional."""
-    function: Definition | None = target.node
-    if isinstance(target.node, ast.ClassDef):
-        function = next(
-            (node for base in _ancestry(target) for node in base.body if getattr(node, "name", "") == "__init__"), None
-        )
-    if not isinstance(function, ast.FunctionDef):
+    constructors = [
+        node
+        for base in _ancestry(target)
+        for node in base.body
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    ]
+    functions = constructors if isinstance(target.node, ast.ClassDef) else [target.node]
+    if not functions:
         return {}
-    arguments = function.args
+    arguments = functions[0].args
     return {
         argument.arg: Keyword(ast.unparse(argument.annotation) if argument.annotation else "", default is None)
         for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
@@ -146,13 +148,13 @@ def constant(target: Target, name: str) -> str | None:
     for node in _ancestry(target):
         for statement in node.body:
             if isinstance(statement, ast.Assign):
-                names, value = [t.id for t in statement.targets if isinstance(t, ast.Name)], statement.value
+                names = [t.id for t in statement.targets if isinstance(t, ast.Name)]
             elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                names, value = [statement.target.id], statement.value
+                names = [statement.target.id]
             else:
                 continue
-            if name in names and value is not None:
-                return ast.unparse(value)
+            if name in names and statement.value is not None:
+                return ast.unparse(statement.value)
     return None
 
 

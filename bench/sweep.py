@@ -99,7 +99,7 @@ class Sweep:
 
     def _admit(self, waiting: list[Cell]) -> list[Cell]:
         """Queue the waiting cells that no other sweep is working on; those that are recorded meanwhile drop out."""
-        still = []
+        still: list[Cell] = []
         room = len(self.slots) - len(self.queue)
         for index, cell in enumerate(waiting):
             if room <= 0:

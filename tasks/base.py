@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -88,7 +88,7 @@ class Batch:
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
-    def _map(self, function) -> Batch:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
             inputs=function(self.inputs),
@@ -102,8 +102,8 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device))
 
     def rows(self, index: Tensor | slice) -> Batch:
-        """The examples at `index`, with the index types a model wants (int64)."""
-        return self._map(lambda tensor: tensor[index].long() if tensor.dtype != torch.bool else tensor[index])
+        """The examples at `index`, without their slices, with the index types a model wants (int64)."""
+        return replace(self, slices={})._map(lambda tensor: tensor[index] if tensor.dtype is torch.bool else tensor[index].long())
 
     def labels(self) -> Tensor:
         """Targets as a full matrix [B, L], IGNORE where there is none (the layout of published data sets)."""
@@ -141,10 +141,12 @@ class Task(ABC):
     Class attributes:
         version: bumped when data or scoring change; part of a run's identity.
         name: first half of the id; `protocol` (which published variant) is the second.
+        seeded: whether data depend on the seed; a published data set is the same for all.
     """
 
     version: ClassVar[int]
     name: ClassVar[str]
+    seeded: bool = True
     protocol: str
     spec: TaskSpec
 

@@ -27,6 +27,7 @@ class SlidingWindow(Softmax):
 
     patterns = Pattern.SELF
     paper = "https://arxiv.org/abs/2004.05150"
+    full_budget = staticmethod(lambda length: {"window": length})
 
     def __init__(self, spec: LayerSpec, *, window: int, dropout: float = 0.0, bias: bool = False):
         super().__init__(spec, dropout=dropout, bias=bias)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attentions.base import Attention, LayerSpec, Pattern, State
+from bench.backbones.initialise import initialise, stream
 from tasks.base import TaskSpec
 
 Factory = Callable[[LayerSpec], Attention]
@@ -30,9 +29,14 @@ class Backbone(nn.Module, ABC):
 
     Class attributes:
         slots: name -> pattern of every place where an attention stands.
+
+    Attributes:
+        num_layers: depth; initialisation: see `bench.backbones.initialise`.
     """
 
     slots: ClassVar[dict[str, Pattern]]
+    num_layers: int
+    initialisation: str
 
     @abstractmethod
     def forward(self, inputs: Tensor, positions: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
@@ -74,43 +78,6 @@ def build(backbone: Callable[[TaskSpec, Factory], Backbone], spec: TaskSpec, att
 
     torch.manual_seed(stream(seed, "backbone"))
     model = backbone(spec, seeded)
-    if isinstance(model, ScaledInit):
-        model.initialise(seed)
+    initialise(model, model.initialisation, model.num_layers, seed)
     torch.manual_seed(stream(seed, "dropout"))
     return model
-
-
-def stream(seed: int, purpose: str) -> int:
-    """Seed of one stream of random numbers, a stable hash of (seed, purpose)."""
-    return zlib.crc32(f"{seed}/{purpose}".encode())
-
-
-class ScaledInit:
-    """Mixin: initial weights by name, from (seed, parameter name).
-
-    `scaled_normal` (GPT-2's, as in Zoology): Linear and Embedding weights N(0, 0.02), biases zero; projections
-    back to the residual stream (`out_proj`, `fc2`) N(0, 0.02 / sqrt(2 * layers)). It overwrites Linear layers
-    inside a mechanism, as published; what a mechanism keeps outside Linear weights is left alone.
-    `native`: everything as its module's constructor made it.
-    """
-
-    RESIDUAL: ClassVar[tuple[str, ...]] = ("out_proj", "fc2")
-    std: ClassVar[float] = 0.02
-    initialisation: str
-    num_layers: int
-
-    def initialise(self, seed: int) -> None:
-        if self.initialisation == "native":
-            return
-        assert isinstance(self, nn.Module)
-        done: set[int] = set()
-        for name, module in self.named_modules():
-            if not isinstance(module, (nn.Linear, nn.Embedding)) or id(module.weight) in done:
-                continue
-            done.add(id(module.weight))
-            scale = 1 / math.sqrt(2 * self.num_layers) if name.rpartition(".")[2] in self.RESIDUAL else 1.0
-            generator = torch.Generator().manual_seed(stream(seed, name))
-            with torch.no_grad():
-                module.weight.normal_(0.0, self.std * scale, generator=generator)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()

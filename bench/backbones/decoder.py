@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from attentions.base import LayerSpec, Pattern
-from bench.backbones.base import Backbone, DecodeState, Factory, ScaledInit
+from attentions.base import LayerSpec, Pattern, State
+from bench.backbones.base import Backbone, DecodeState, Factory
 from bench.backbones.embed import POSITIONS, TokenEmbedding
 from bench.backbones.heads import TokenHead
+from bench.backbones.initialise import INITIALISATIONS
 from bench.errors import unknown
 from tasks.base import TaskSpec
 
 STATE_MIXERS = ("mlp", "none", "zoology_identity")
-INITIALISATIONS = ("scaled_normal", "native")
 
 
-class Decoder(Backbone, ScaledInit):
+class Decoder(Backbone):
     """x <- x + attention(LN(x)); x <- x + state_mixer(LN(x)); after the last layer LN and the head.
 
     Args:
@@ -30,7 +31,7 @@ class Decoder(Backbone, ScaledInit):
         mlp_ratio: width of the MLP in units of dim; 0 means no MLP.
         tied_embeddings: the head shares the token embedding.
         embedding_dropout, residual_dropout: after the embedding; on every branch before it joins the stream.
-        initialisation: scaled_normal or native, see `ScaledInit`.
+        initialisation: scaled_normal or native, see `bench.backbones.initialise`.
         alternate_with: a second mechanism for layers 0, 2, 4, ...; the mechanism under test then fills 1, 3, 5, ...
 
     Source: Arora et al. 2023 (Zoology), https://arxiv.org/abs/2312.04927, for the MQAR setting; pre-norm: Xiong et
@@ -85,25 +86,28 @@ class Decoder(Backbone, ScaledInit):
             )
             mixer = state_mixer if state_mixer != "mlp" or mlp_ratio > 0 else "none"
             layers.append(Layer(spec, factories[index % len(factories)], mixer, mlp_ratio, residual_dropout))
-        self.layers: nn.ModuleList = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(layers)
         self.head = TokenHead(task, dim, self.embedding.tokens if tied_embeddings else None)
 
     def forward(self, inputs: Tensor, positions: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
         x = self.embedding(inputs)
-        for layer in self.layers:
+        for layer in self._stack():
             x = layer(x, key_mask)
         return self.head(x, positions)
 
     def init_state(self, batch_size: int) -> DecodeState:
-        return DecodeState(layers=tuple(layer.attention.init_state(batch_size) for layer in self.layers))
+        return DecodeState(layers=tuple(layer.init_state(batch_size) for layer in self._stack()))
 
     def step(self, inputs: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
         x = self.embedding(inputs, state.position)
         states = []
-        for layer, memory in zip(self.layers, state.layers, strict=True):
+        for layer, memory in zip(self._stack(), state.layers, strict=True):
             x, memory = layer.step(x, memory)
             states.append(memory)
         return self.head(x), DecodeState(layers=tuple(states), position=state.position + 1)
+
+    def _stack(self) -> Iterator[Layer]:
+        return (layer for layer in self.layers if isinstance(layer, Layer))
 
 
 class Layer(nn.Module):
@@ -123,7 +127,10 @@ class Layer(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), key_mask=key_mask))
         return self._mix_state(x)
 
-    def step(self, x: Tensor, memory):
+    def init_state(self, batch_size: int) -> State:
+        return self.attention.init_state(batch_size)
+
+    def step(self, x: Tensor, memory: State) -> tuple[Tensor, State]:
         update, memory = self.attention.step(self.attention_norm(x), memory)
         return self._mix_state(x + self.dropout(update)), memory
 

@@ -9,19 +9,19 @@ import torch
 from omegaconf import OmegaConf
 
 from tasks.base import IGNORE, SPLITS, Score
-from tasks.mqar import PROTOCOLS, MQAR
+from tasks.mqar import MQAR, PROTOCOLS
 
 YAMLS = sorted((Path(__file__).parents[2] / "conf" / "task").glob("mqar*.yaml"))
 CELLS = (12, 2, 23), (12, 3, 17), (20, 5, 19)
 
 
 def settings(*cells):
-    return [dict(length=length, num_pairs=pairs, num_examples=n) for length, pairs, n in cells]
+    return [{"length": length, "num_pairs": pairs, "num_examples": n} for length, pairs, n in cells]
 
 
 def make(protocol="clean", **changes):
     cells = CELLS[2:] if protocol == "zoology_iclr24" else CELLS
-    given = dict(vocab_size=64, train=settings(*cells), valid=settings(*CELLS), test=settings(*cells)) | changes
+    given = {"vocab_size": 64, "train": settings(*cells), "valid": settings(*CELLS), "test": settings(*cells)} | changes
     return MQAR(protocol=protocol, **given)
 
 
@@ -97,19 +97,29 @@ def test_seeds_and_repeated_segments_share_no_row():
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_equal_arguments_give_equal_bytes_and_global_generators_are_untouched(protocol):
     first = [[b.sha256() for b in make(protocol).segments(split, 5)] for split in SPLITS]
-    np.random.seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the state that must stay
     torch.manual_seed(2)
-    numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
+    before = repr(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
     again = make(protocol)
     again.segments("test", 9)
     assert [[b.sha256() for b in again.segments(split, 5)] for split in SPLITS] == first
     list(again.batches(again.segments("train", 5), 7, generator(0)))
-    assert (np.random.get_state()[1] == numpy_state).all() and torch.equal(torch.get_rng_state(), torch_state)
+    assert (repr(np.random.get_state()), torch.get_rng_state().tolist()) == before  # noqa: NPY002
 
 
 def test_clean_data_of_version_1_stay_as_they_are():
     hashes = [batch.sha256() for split in SPLITS for batch in make().segments(split, 0)]
-    assert [h["inputs"][:8] + h["labels"][:8] for h in hashes] == []
+    assert [entry["inputs"][:8] + entry["labels"][:8] for entry in hashes] == [
+        "a93b560886def446",
+        "7fe72b99466300fe",
+        "554945a1b1448304",
+        "d7880bfde3a23d18",
+        "bc70fc488f76f889",
+        "ce5b2b93d192359e",
+        "5e1f295c716d2ba7",
+        "a0fef020316b12e8",
+        "305bc69d9e183190",
+    ]  # other bytes are another version: bump MQAR.version with this list
 
 
 # -- batches ----------------------------------------------------------------------------------------
@@ -218,7 +228,9 @@ def test_perfect_and_wrong_predictions_score_one_and_zero():
 
 def test_score_refuses_predictions_of_another_shape():
     task = make()
-    with pytest.raises(ValueError, match=r"^predictions must be \[N, P\] = \[23, 2\] like the targets, got \[23, 12\]$"):
+    with pytest.raises(
+        ValueError, match=r"^predictions must be \[N, P\] = \[23, 2\] like the targets, got \[23, 12\]$"
+    ):
         task.score(torch.zeros(23, 12), task.segments("test", 0)[0])
 
 
@@ -231,54 +243,58 @@ KEYS = "All of them: length, num_pairs, num_examples"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(protocol="cleen"), 'unknown protocol "cleen"; nearest: clean. All of them: clean, zoology_iclr24, based_mix'),
-        (dict(vocab_size=2), "vocab_size must be a whole number of at least 4, got 2; nearest: 4"),
-        (dict(vocab_size="64"), "vocab_size must be a whole number of at least 4, got '64'; nearest: 4"),
-        (dict(vocab_size=64.0), "vocab_size must be a whole number of at least 4, got 64.0; nearest: 64"),
         (
-            dict(vocab_size=63),
+            {"protocol": "cleen"},
+            'unknown protocol "cleen"; nearest: clean. All of them: clean, zoology_iclr24, based_mix',
+        ),
+        ({"vocab_size": 2}, "vocab_size must be a whole number of at least 4, got 2; nearest: 4"),
+        ({"vocab_size": "64"}, "vocab_size must be a whole number of at least 4, got '64'; nearest: 4"),
+        ({"vocab_size": 64.0}, "vocab_size must be a whole number of at least 4, got 64.0; nearest: 64"),
+        (
+            {"vocab_size": 63},
             "vocab_size must be even (half keys, half values) and at most 16777216, got 63; nearest: 62, 64",
         ),
         (
-            dict(vocab_size=2**25),
+            {"vocab_size": 2**25},
             "vocab_size must be even (half keys, half values) and at most 16777216, got 33554432; nearest: 16777216",
         ),
-        (dict(power_a=0), "power_a must be a number above 0 and at most 10, got 0; published: 0.01"),
-        (dict(power_a=float("nan")), "power_a must be a number above 0 and at most 10, got nan; published: 0.01"),
-        (dict(power_a="1"), "power_a must be a number above 0 and at most 10, got '1'; published: 0.01"),
-        (dict(train=[]), f"train must be a list of one or more segments such as [{SHAPE}], got []"),
-        (dict(valid=None), f"valid must be a list of one or more segments such as [{SHAPE}], got None"),
-        (dict(test=[3]), f"test[0] must be a segment such as {SHAPE}, got 3"),
+        ({"power_a": 0}, "power_a must be a number above 0 and at most 10, got 0; published: 0.01"),
+        ({"power_a": float("nan")}, "power_a must be a number above 0 and at most 10, got nan; published: 0.01"),
+        ({"power_a": "1"}, "power_a must be a number above 0 and at most 10, got '1'; published: 0.01"),
+        ({"train": []}, f"train must be a list of one or more segments such as [{SHAPE}], got []"),
+        ({"valid": None}, f"valid must be a list of one or more segments such as [{SHAPE}], got None"),
+        ({"test": [3]}, f"test[0] must be a segment such as {SHAPE}, got 3"),
         (
-            dict(train=[dict(length=12, pairs=3, num_examples=5)]),
+            {"train": [{"length": 12, "pairs": 3, "num_examples": 5}]},
             f'train[0] has an unknown key "pairs"; nearest: num_pairs. {KEYS}',
         ),
-        (dict(train=[dict(length=12, num_pairs=3)]), f"train[0] lacks num_examples; write for example {SHAPE}"),
-        (dict(valid=settings((13, 3, 5))), "valid[0].length must be even, got 13; nearest: 12, 14"),
-        (dict(valid=settings((-8, 3, 5))), "valid[0].length must be a whole number of at least 4, got -8; nearest: 4"),
-        (dict(test=settings((12, 0, 5))), "test[0].num_pairs must be a whole number of at least 1, got 0; nearest: 1"),
+        ({"train": [{"length": 12, "num_pairs": 3}]}, f"train[0] lacks num_examples; write for example {SHAPE}"),
+        ({"valid": settings((13, 3, 5))}, "valid[0].length must be even, got 13; nearest: 12, 14"),
+        ({"valid": settings((-8, 3, 5))}, "valid[0].length must be a whole number of at least 4, got -8; nearest: 4"),
+        ({"test": settings((12, 0, 5))}, "test[0].num_pairs must be a whole number of at least 1, got 0; nearest: 1"),
         (
-            dict(test=settings((12, 3, True))),
+            {"test": settings((12, 3, True))},
             "test[0].num_examples must be a whole number of at least 1, got True; nearest: 1",
         ),
         (
-            dict(test=settings((12, 3, 5), (14, 4, 5))),
+            {"test": settings((12, 3, 5), (14, 4, 5))},
             "test[1].length must be at least 4 * num_pairs, got length=14 and num_pairs=4; "
             "nearest: length=16 or num_pairs=3",
         ),
         (
-            dict(vocab_size=10),
+            {"vocab_size": 10},
             "train[2].num_pairs must be at most the 4 keys of vocab_size=10, got 5; "
             "nearest: num_pairs=4 or vocab_size=12",
         ),
         (
-            dict(protocol="based_mix", vocab_size=20),
+            {"protocol": "based_mix", "vocab_size": 20},
             "train[2].length must be below vocab_size in a published protocol, got length=20 and vocab_size=20; "
             "nearest: length=18 or vocab_size=22",
         ),
         (
-            dict(protocol="zoology_iclr24", test=settings(*CELLS)),
-            "protocol zoology_iclr24 has one test segment, got 3; keep one, or type protocol=based_mix or protocol=clean",
+            {"protocol": "zoology_iclr24", "test": settings(*CELLS)},
+            "protocol zoology_iclr24 has one test segment, got 3; "
+            "keep one, or type protocol=based_mix or protocol=clean",
         ),
     ],
 )
@@ -292,7 +308,7 @@ def test_unknown_splits_and_batch_sizes_are_refused():
     task = make()
     with pytest.raises(ValueError, match=r'^unknown split "dev"; there are: train, valid, test$'):
         task.segments("dev", 0)
-    with pytest.raises(ValueError, match="^batch_size must be a whole number of at least 1, got 0; nearest: 1$"):
+    with pytest.raises(ValueError, match=r"^batch_size must be a whole number of at least 1, got 0; nearest: 1$"):
         list(task.batches(task.segments("test", 0), 0, None))
 
 

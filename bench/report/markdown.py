@@ -1,0 +1,178 @@
+"""A board as Markdown that reads well on GitHub and as plain text, and as a table for the terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from bench.report import wording
+from bench.report.leaderboard import Board, slice_order
+from bench.report.statistics import LEVEL
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOTE_LENGTH = 60  # characters of a reason in the ranking; the whole line stands under "Runs without a result"
+
+
+def page(board: Board, plots: dict[str, str]) -> str:
+    """leaderboard.md; `plots`: file name -> what it shows, in the order of the page."""
+    parts = [f"# {escape(wording.title(board))}"]
+    if len(board.runs):
+        facts = wording.conditions(board)
+        parts.append("\n".join(f"- **{heading}** {escape(text)}" for heading, text in facts.items()))
+        parts += [f"> **Note.** {escape(line)}" for line in wording.warnings(board)]
+        parts += ["## Ranking", table(*ranking(board), left={1, 3, 7}), _legend(board)]
+    else:
+        parts.append("No run of this board counts: all of them are set aside, see below.")
+    if segments := slice_table(board, "segment"):
+        parts += [f"## {board.metric.capitalize()} by length × pairs", "Test, mean over seeds.", table(*segments, left={0})]
+    if len(board.costs):
+        parts += ["## Cost", table(*costs(board), left={0, 7})]
+    if lines := wording.failures(board):
+        header = ["attention", "status", "runs", "learning rates", "seeds", "most frequent reason"]
+        parts += ["## Runs without a result", table(header, lines, left={0, 1, 3, 4, 5})]
+    if len(board.set_aside):
+        aside = [[str(value) for value in row] for row in board.set_aside.itertuples(index=False)]
+        parts += ["## Not counted", table(["attention", "why", "runs"], aside, left={0, 1})]
+    if plots:
+        parts += ["## Plots", *(f"![{text}]({name})" for name, text in plots.items())]
+    if len(board.runs):
+        parts += ["## What the columns are", "\n".join(f"- **{name}**: {text}" for name, text in columns(board).items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def ranking(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the ranking; the chance line stands under the ranked rows."""
+    header = ["rank", "attention", f"test {board.metric}", "every seed", "solved", "valid", "learning rate", "note"]
+    fraction = board.unit == "fraction"
+    rows = board.table.to_dict("records")
+    lines = [_line(board, row, fraction) for row in rows]
+    if not wording.missing(board.chance):
+        blank = [wording.NOTHING] * 4
+        chance = [wording.NOTHING, "(chance)", wording.number(board.chance, fraction), *blank, "floor: guessing"]
+        lines.insert(len(board.ranked), chance)
+    return header, lines
+
+
+def _line(board: Board, row: dict[str, Any], fraction: bool) -> list[str]:
+    note = wording.note(row)
+    return [
+        wording.rank(row),
+        row["attention"],
+        wording.score(board, row),
+        wording.every_seed(board, row),
+        wording.solved(row),
+        wording.number(row["valid_mean"], fraction),
+        wording.rate(row),
+        note if len(note) <= NOTE_LENGTH else note[: NOTE_LENGTH - 1].rstrip() + "…",
+    ]
+
+
+def costs(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the cost table, ranked, a line per mechanism and device; the device last, where there are several."""
+    lengths = board.costs["state_length"].dropna().unique()
+    at = f" at {lengths[0]:g} tokens" if len(lengths) == 1 else ""
+    header = ["attention", "parameters", f"state{at}", "steps", "tokens/s", "decode ms/token", "peak memory", "device"]
+    lines = [
+        [
+            row["attention"],
+            wording.size(row["num_parameters"]),
+            wording.size(row["state_bytes"], "B"),
+            wording.size(row["steps"]),
+            wording.size(row["tokens_per_second"]),
+            wording.size(row["decode_ms_per_token"]),
+            wording.size(row["peak_memory_bytes"], "B"),
+            row["device"],
+        ]
+        for attention in board.ranked
+        for row in board.costs[board.costs["attention"] == attention].to_dict("records")
+    ]
+    if board.costs["device"].nunique() > 1:
+        return header, lines
+    return header[:-1], [line[:-1] for line in lines]
+
+
+def slice_table(board: Board, key: str) -> tuple[list[str], list[list[str]]] | None:
+    """Ranked mechanisms × slices of one kind; None when the task has no such slices."""
+    part = board.slices[board.slices["slice_key"] == key]
+    if part.empty:
+        return None
+    names = sorted(part["slice_value"].unique(), key=slice_order)
+    value = part.set_index(["attention", "slice_value"])["mean"].to_dict()
+    fraction = board.unit == "fraction"
+    lines = [[a, *(wording.number(value.get((a, name)), fraction) for name in names)] for a in board.ranked]
+    return ["attention", *(name.replace("x", "×") for name in names)], lines
+
+
+def columns(board: Board) -> dict[str, str]:
+    """What each column is, for the foot of the page."""
+    level = f"{LEVEL:.0%}".replace("%", " %")
+    return {
+        "rank": f"every rank that the seeds leave possible for this row at {level} (Welch's test against each other row, "
+        "Holm's correction over them). Overlapping ranks are ties: the seeds cannot tell. A row with failed seeds is never "
+        "ranked above another.",
+        f"test {board.metric}": f"mean over seeds at the chosen learning rate, with the Student-t interval at {level}; of "
+        "seeds that succeeded. Equal values give an interval of no width: the spread was not seen, which is not to say "
+        "that there is none.",
+        "every seed": "in the order of the seeds; a failed one by its status.",
+        "solved": f"share of all seeds with {board.metric} of at least {board.solved:g}, failed ones included as not solved, "
+        f"with the Wilson interval at {level}."
+        if board.bounded
+        else "not defined for this metric.",
+        "valid": "mean over seeds on the validation split.",
+        "learning rate": "chosen by `valid` alone; a rate with failed seeds ranks below one without. ▲ / ▼: the largest / "
+        "smallest of the grid" + (f", and valid is below {board.solved:g}." if board.bounded else "."),
+        "parameters": "trainable, embeddings included.",
+        "state": "measured bytes that decoding one sequence carries after the given tokens, all layers; 1 kB = 1000 bytes.",
+        "steps": "median until training ended; it ends early when the task is solved on valid.",
+        "tokens/s": "training tokens per second, evaluation excluded, median over seeds.",
+        "decode ms/token": "at batch 1, median.",
+        "peak memory": "maximum over seeds; on a CPU that of the whole process.",
+    }
+
+
+def _legend(board: Board) -> str:
+    return "Exact values: [leaderboard.csv](leaderboard.csv); all runs, scores and curves: `runs`, `scores`, `history`."
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) -> str:
+    """A Markdown table, aligned as text too; columns in `left` to the left, the others to the right."""
+    cells = [[escape(str(cell)) for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is: one line, no markup, no HTML, no link, no new table cell."""
+    text = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
+    text = re.sub(r"([\\`*|~])", r"\\\1", text)
+    text = re.sub(r"\]\(|\]\[", lambda found: "\\" + found[0], text)  # a bracket alone is no link
+    text = text.replace("://", ":&#47;&#47;")  # a bare address would become one
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+
+
+def terminal(board: Board) -> Table:
+    """The ranked table for the end of a run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(wording.title(board)), title_justify="left", box=None, pad_edge=False, caption_justify="left")
+    lines = {row[0]: row for row in costs(board)[1]} if board.costs["device"].nunique() < 2 else {}
+    header, rows = ranking(board)
+    for i, name in enumerate([*header[:-1], "state", "tokens/s", "ms/token", header[-1]]):
+        shown.add_column(Text(name), justify="left" if i in (1, 3, 10) else "right", no_wrap=i == 1, overflow="fold")
+    for row in rows:
+        cost = lines.get(row[1])
+        extra = [cost[2], cost[4], cost[5]] if cost else [wording.NOTHING] * 3
+        shown.add_row(*(Text(cell) for cell in [*row[:-1], *extra, row[-1]]))
+    if len(board.runs):
+        shown.caption = Text("\n".join([wording.conditions(board)["Runs"], *wording.warnings(board)]))
+    return shown

@@ -1,0 +1,170 @@
+"""How numbers and facts of a board read, in Markdown, in the terminal and under plots alike."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+
+from bench.report.leaderboard import FLOOR, Board, reasons
+
+NOTHING = "–"
+EDGES = {"smallest": "▼", "largest": "▲"}
+
+
+def missing(value: Any) -> bool:
+    """None, NaN or pandas' NA."""
+    return bool(pd.isna(value))
+
+
+def number(value: Any, fraction: bool = True) -> str:
+    """A value of the metric: three decimals for a fraction, four digits otherwise."""
+    return NOTHING if missing(value) else f"{value:.3f}" if fraction else f"{value:.4g}"
+
+
+def size(value: Any, unit: str = "") -> str:
+    """Three digits and a thousands' prefix: 33.8 k, 412 MB."""
+    if missing(value):
+        return NOTHING
+    power = max(0, min(4, int(math.log10(abs(value)) // 3))) if value else 0
+    if power < 4 and abs(value) / 1000**power >= 999.5:
+        power += 1  # 999,600 reads 1 M and not 1e+03 k
+    digits = f"{value / 1000**power:#.3g}".rstrip(".")
+    digits = digits.rstrip("0").rstrip(".") if power == 0 and "." in digits else digits
+    return f"{digits} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
+
+
+def rank(row: dict[str, Any]) -> str:
+    """'2', '2–4' for a tie, or a dash."""
+    if missing(row["rank_best"]):
+        return NOTHING
+    best, worst = int(row["rank_best"]), int(row["rank_worst"])
+    return str(best) if best == worst else f"{best}–{worst}"
+
+
+def score(board: Board, row: dict[str, Any]) -> str:
+    """Mean with interval, or the statuses when there is no mean."""
+    fraction = board.unit == "fraction"
+    if missing(row["test_mean"]):
+        return str(row["status"])
+    if missing(row["test_low"]):
+        return f"{number(row['test_mean'], fraction)} (one seed)"
+    return f"{number(row['test_mean'], fraction)} [{number(row['test_low'], fraction)}, {number(row['test_high'], fraction)}]"
+
+
+def every_seed(board: Board, row: dict[str, Any]) -> str:
+    """Each seed's value in the order of the seeds, a failed one by its status."""
+    values = str(row["seed_values"]).split()
+    fraction = board.unit == "fraction"
+    return " ".join(number(float(v), fraction) if _is_number(v) else v for v in values) or NOTHING
+
+
+def solved(row: dict[str, Any]) -> str:
+    """'2/3 [0.21, 0.94]'."""
+    if missing(row["solve_rate"]):
+        return NOTHING
+    return f"{int(row['solved'])}/{int(row['seeds_run'])} [{row['solve_low']:.2f}, {row['solve_high']:.2f}]"
+
+
+def rate(row: dict[str, Any]) -> str:
+    """The chosen learning rate with its mark at an edge of the grid."""
+    if missing(row["learning_rate"]):
+        return NOTHING
+    return f"{row['learning_rate']:g} {'' if missing(row['edge']) else EDGES[row['edge']]}".rstrip()
+
+
+def note(row: dict[str, Any]) -> str:
+    """Why seeds are missing, or what the row is for."""
+    if row["status"] != "ok":
+        few = "" if missing(row["rank_best"]) else f"{row['seeds_ok']} of {row['seeds_run']} seeds, {row['status']}: "
+        return f"{few}{row['reason']}"
+    return "floor: the network without attention" if row["attention"] == FLOOR else ""
+
+
+def metric(board: Board) -> str:
+    """'accuracy (fraction, higher is better)'."""
+    direction = "higher" if board.higher_is_better else "lower"
+    return f"{board.metric} ({board.unit}, {direction} is better)" if board.unit else board.metric
+
+
+def title(board: Board) -> str:
+    return f"{board.key.task} · {board.key.backbone} · {board.key.budget}"
+
+
+def conditions(board: Board) -> dict[str, str]:
+    """The facts that hold for the whole board, by heading; several values are counted."""
+    runs, key = board.runs, board.key
+    ran = runs[runs["status"] == "ok"]  # a run that died before it began does not know its device
+    mechanisms, rates, seeds = board.grid
+    planned, status = mechanisms * rates * seeds, Counter(runs["status"])
+    failed = len(runs) - status["ok"] - status["unsupported"]
+    days = sorted(runs["started_at"].dropna().str.slice(0, 10))
+    when = "" if not days else f"; run on {days[0]}" if days[0] == days[-1] else f"; run from {days[0]} to {days[-1]}"
+    grid = ", ".join(f"{value:g}" for value in sorted(runs["learning_rate"].unique()))
+    commits = runs["git_commit"].fillna("unknown").str.slice(0, 10) + runs["git_dirty"].map({True: " with changes"}).fillna("")
+    return {
+        "Task": f"{several(runs['task_id'])}, version {several(runs['task_version'])}; {metric(board)}; "
+        f"chance {number(board.chance, board.unit == 'fraction')}",
+        "Budget": f"{key.budget}: at most {several(runs['max_steps'].map(lambda steps: f'{steps:g}'))} steps, "
+        f"learning rates {grid}",
+        "Runs": f"{mechanisms} mechanisms × {rates} learning rates × {seeds} seeds = {planned} planned: {status['ok']} ok, "
+        f"{failed} failed, {status['unsupported']} unsupported, {planned - len(runs)} missing{when}",
+        "Machine": f"{several(ran['device'])}; {several(runs['dtype'])}; torch {several(runs['torch'])}; "
+        f"Python {several(runs['python'])}; commit {several(commits)}",
+    }
+
+
+def several(values: Any) -> str:
+    """The one value of a column, or each with the number of runs that had it."""
+    counts = Counter(str(value) for value in values if not missing(value))
+    if len(counts) < 2:
+        return next(iter(counts), "unknown")
+    return ", ".join(f"{value} ({count} runs)" for value, count in sorted(counts.items(), key=lambda i: (-i[1], i[0])))
+
+
+def caption(board: Board) -> str:
+    """The conditions in one or two short lines, for plots."""
+    facts = conditions(board)
+    return f"{facts['Task'].split(';')[0]} · backbone {board.key.backbone} · budget {facts['Budget']}\n{facts['Machine']}"
+
+
+def warnings(board: Board) -> list[str]:
+    """What a reader must know before comparing two rows, one line each."""
+    lines = []
+    rows = board.table[board.table["rank_best"].notna()].to_dict("records")
+    mechanisms, rates, seeds = board.grid
+    if len(board.runs) < mechanisms * rates * seeds:
+        lines.append(f"{mechanisms * rates * seeds - len(board.runs)} runs of the grid are missing; ranks are provisional.")
+    few = [f"{row['attention']} ({row['seeds_run']})" for row in rows if row["seeds_run"] < seeds]
+    if few:
+        lines.append(f"Fewer than {seeds} seeds at the chosen learning rate: {', '.join(few)}.")
+    alone = [row["attention"] for row in rows if row["seeds_ok"] == 1]
+    if alone:
+        lines.append(f"One seed has no interval and ties with every row: {', '.join(alone)}.")
+    hurt = [f"{row['attention']} ({row['seeds_ok']} of {row['seeds_run']}, {row['status']})" for row in rows if row["status"] != "ok"]
+    if hurt:
+        lines.append(f"Seeds failed, and the mean of the others flatters: {', '.join(hurt)}.")
+    edges = [f"{row['attention']} ({row['learning_rate']:g}, {row['edge']})" for row in rows if not missing(row["edge"])]
+    if edges:
+        lines.append(f"Best learning rate at the edge of the grid, a wider one may do better: {', '.join(edges)}.")
+    if board.costs["device"].nunique() > 1:
+        lines.append("Several devices: times and memory stand apart by device, compare them only within one.")
+    return lines
+
+
+def failures(board: Board) -> list[list[str]]:
+    """attention, status, runs, learning rates, seeds, most frequent reason; one line per mechanism and status."""
+    lines = []
+    for (attention, status), runs in board.runs[~board.runs["good"]].groupby(["attention", "status"]):
+        rates = " ".join(f"{value:g}" for value in sorted(runs["learning_rate"].unique()))
+        seeds = " ".join(str(value) for value in sorted(runs["seed"].unique()))
+        lines.append([attention, status, str(len(runs)), rates, seeds, Counter(reasons(runs)).most_common(1)[0][0]])
+    return lines
+
+
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() or text[:1] in "-."
+
+
