@@ -30,12 +30,13 @@ Factory = Callable[..., Attention]
 BATCH, HEADS, DIM = 2, 3, 36
 LENGTH, CONTEXT = 37, 23
 LONG = 131  # more than one chunk of any mechanism, and a ragged end
+COUNT = 521  # a bfloat16 sum of ones stands still at 256
 LAYERS = 6  # a hybrid repeats within this depth
 
 EXACT = 1e-9  # the same sums over partly other numbers: float64 rounding, nothing else
 FORMS = 1e-6  # two forms of one formula in float64; a wrong form is off by more than 1e-3
-FLOAT32 = 1e-4  # float32 rounds at 6e-8; three digits for cancellation in sums over LONG positions
-BFLOAT16 = 5e-2  # bfloat16 rounds at 4e-3; a dozen roundings in a row, and selections that flip
+FLOAT32 = 1e-4  # float32 rounds at 6e-8; three digits for cancellation in long sums
+BFLOAT16 = 5e-2  # bfloat16 rounds at 4e-3: a dozen roundings in a row
 
 
 class ContractError(AssertionError):
@@ -76,7 +77,7 @@ def contract(where: Pattern | None) -> Callable[[Callable[..., str | None]], Cal
 
     def enter(function: Callable[..., str | None]) -> Callable[..., str | None]:
         name = function.__name__.removeprefix("check_")
-        CHECKS[name] = Check(name, inspect.getdoc(function).partition("\n")[0], function, where)
+        CHECKS[name] = Check(name, (function.__doc__ or "").partition("\n")[0], function, where)
         return function
 
     return enter
@@ -124,9 +125,10 @@ def _attempt(check: Check, name: str, label: str, *arguments: Any) -> Outcome:
 
 def constructor(factory: Factory) -> type[Attention] | None:
     """The class behind a factory, or None for a function such as `hybrid`."""
-    while isinstance(factory, functools.partial):
-        factory = factory.func
-    return factory if isinstance(factory, type) and issubclass(factory, Attention) else None
+    target: Any = factory
+    while isinstance(target, functools.partial):
+        target = target.func
+    return target if isinstance(target, type) and issubclass(target, Attention) else None
 
 
 def declared(factory: Factory) -> Pattern:
@@ -151,7 +153,7 @@ def slot(pattern: Pattern, layer: int = 0) -> LayerSpec:
         num_heads=HEADS,
         causal=pattern in Pattern.CAUSAL_SELF | Pattern.CAUSAL_CROSS,
         cross=pattern in Pattern.CROSS,
-        max_length=256,
+        max_length=1024,
         layer=layer,
         num_layers=LAYERS,
     )
@@ -163,7 +165,7 @@ def slots(factory: Factory) -> dict[str, LayerSpec]:
     for pattern in declared(factory):
         kinds: dict[str, int] = {}
         for layer in range(1 if constructor(factory) else LAYERS):
-            kinds.setdefault(_kind(build(factory, slot(pattern, layer))) if layer else "", layer)
+            kinds.setdefault("" if constructor(factory) else _kind(build(factory, slot(pattern, layer))), layer)
         for layer in kinds.values():
             found[pattern.names()[0] + (f", layer {layer}" if len(kinds) > 1 else "")] = slot(pattern, layer)
     return found
@@ -390,7 +392,7 @@ def check_mixing(factory: Factory, spec: LayerSpec) -> None:
             continue
         require_different(output, base[:, reading], f"outputs ignore all {words}; a control says so: paper = 'control'")
         if isinstance(module, QKVAttention):
-            with intercepted(module, edit=lambda q, k, v, where=where: (q, k, replaced(v, where))) as heads:
+            with intercepted(module, other_values=where) as heads:
                 output = run_layer(module, x, *context)[:, reading]
             if heads:
                 require_different(
@@ -399,14 +401,12 @@ def check_mixing(factory: Factory, spec: LayerSpec) -> None:
 
 
 @contextmanager
-def intercepted(
-    module: QKVAttention, edit: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
-) -> Iterator[list[Tensor]]:
-    """Collect what `attend` returns [B, T, H, V]; `edit` may change q, k and v before."""
+def intercepted(module: QKVAttention, other_values: slice | None = None) -> Iterator[list[Tensor]]:
+    """Collect what `attend` returns [B, T, H, V], optionally with noise for the values of some positions."""
     attend, heads = module.attend, []
 
     def listen(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
-        heads.append(attend(*(edit(q, k, v) if edit else (q, k, v)), **keywords))
+        heads.append(attend(q, k, v if other_values is None else replaced(v, other_values), **keywords))
         return heads[-1]
 
     module.attend = listen  # type: ignore[method-assign]
@@ -436,7 +436,7 @@ def decode(module: Attention, x: Tensor, state: State) -> tuple[Tensor, State]:
 
 
 def variants(factory: Factory, spec: LayerSpec) -> Iterator[tuple[Attention, str, int, dict[str, Tensor]]]:
-    """What decoding must be equal under: layer, words, length, mask. Rotary and grouped heads, masked contexts, length."""
+    """Layers to decode with, what is special about them, a length and a mask of the context."""
     yield build(factory, spec), "", LENGTH, {}
     if spec.cross:
         mask = torch.arange(CONTEXT).expand(BATCH, -1) % 5 < torch.tensor([[3], [4]])
@@ -520,6 +520,7 @@ def check_key_mask(factory: Factory, spec: LayerSpec) -> None:
     everything = torch.ones(BATCH, length, dtype=torch.bool)
     require_equal(run_layer(module, x, *context, key_mask=everything), plain, "a mask of all ones against none", FORMS)
     require_finite(run_layer(module, x, *context, key_mask=~everything), "every key masked")
+    _require_finite_gradients(module, x, context, masks["left"].expand(BATCH, -1))
     names = list(masks)
     for shift in range(len(names)):
         chosen = [names[(row + shift) % len(names)] for row in range(BATCH)]  # each row has a mask of its own
@@ -532,9 +533,21 @@ def check_key_mask(factory: Factory, spec: LayerSpec) -> None:
             require_equal(
                 output[row : row + 1, kept], base[row : row + 1, kept], f"inputs masked {name} replaced", EXACT
             )
+            require_finite(output, f"inputs masked {name}: output")
             if mixes(module) and not (spec.pattern == Pattern.CAUSAL_SELF and name == "right"):
                 ignored = f"a mask on the {name} changes nothing: key_mask is ignored"
                 require_different(base[row : row + 1, kept], plain[row : row + 1, kept], ignored)
+
+
+def _require_finite_gradients(module: Attention, x: Tensor, context: Sequence[Tensor], key_mask: Tensor) -> None:
+    """A causal query behind masked keys sees nothing: the softmax of no score has a NaN in its gradient."""
+    x = x.clone().requires_grad_()
+    output = module(x, *context, key_mask=key_mask)
+    if output.requires_grad:
+        output.square().sum().backward()
+        for name, values in (("x", x), *module.named_parameters()):
+            require_finite(values.grad, f"inputs masked left: gradient of {name}")
+        module.zero_grad()
 
 
 @contract(Pattern.ALL)
@@ -559,14 +572,15 @@ def check_batch_rows(factory: Factory, spec: LayerSpec) -> None:
 @contract(Pattern.ALL)
 def check_shapes(factory: Factory, spec: LayerSpec) -> None:
     """Lengths 1, 37, 64 and 100, batches of 1 and 2, grouped heads: finite outputs and gradients in float32."""
-    for heads in ({}, {"num_heads": 6, "num_kv_heads": 2}, {"num_heads": 1}):
-        module = build(factory, replace(spec, **heads), dtype=torch.float32).train()
+    for heads, kv_heads in ((HEADS, HEADS), (6, 2), (1, 1)):
+        grouped = replace(spec, num_heads=heads, num_kv_heads=kv_heads)
+        module = build(factory, grouped, dtype=torch.float32).train()
         for length, batch in ((1, 1), (1, 2), (37, 1), (64, 2), (100, 2)):
             queries, keys = (length, CONTEXT), (CONTEXT, length)
             for query_length, key_length in (queries, keys) if spec.cross else ((length, length),):
                 x = noise(batch, query_length, spec.dim, seed=1, dtype=torch.float32).requires_grad_()
                 context = [noise(batch, key_length, spec.dim, seed=2, dtype=torch.float32)] if spec.cross else []
-                what = f"batch {batch}, T={query_length}, S={key_length} {heads or ''}".strip()
+                what = f"B={batch}, T={query_length}, S={key_length}, H={heads}, G={kv_heads}"
                 output = module(x, *context)
                 if output.shape != x.shape:
                     raise ContractError(f"{what}: {list(x.shape)} became {list(output.shape)}")
@@ -596,7 +610,7 @@ def check_gradients(factory: Factory, spec: LayerSpec) -> None:
 @contract(Pattern.ALL)
 def check_precision(factory: Factory, spec: LayerSpec) -> str:
     """float32 stays close to float64 and bfloat16 to float32; inputs a hundred times larger stay finite."""
-    arguments = inputs(spec, LONG)
+    arguments = inputs(spec, COUNT)
     errors = {}
     for low, high, allowed in ((torch.float32, torch.float64, FLOAT32), (torch.bfloat16, torch.float32, BFLOAT16)):
         rounded = build(factory, spec).to(low)
@@ -634,10 +648,15 @@ def check_full_budget(factory: Factory, spec: LayerSpec) -> None:
     from bench.config import CONF
 
     softmax = instantiate(OmegaConf.load(CONF / "attention" / "softmax.yaml"))
-    for extra in ({}, {"num_heads": 6, "num_kv_heads": 2}, {} if spec.cross else {"rotary_base": 10000.0}):
-        module = build(factory, replace(spec, **extra), **cls.full_budget(LENGTH))
+    variants_ = (
+        spec,
+        replace(spec, num_heads=6, num_kv_heads=2),
+        replace(spec, rotary_base=None if spec.cross else 10000.0),
+    )
+    for spec in variants_:
+        module = build(factory, spec, **cls.full_budget(LENGTH))
         weights = module.state_dict()
-        reference = build(softmax, replace(spec, **extra), bias="q_proj.bias" in weights)
+        reference = build(softmax, spec, bias="q_proj.bias" in weights)
         missing, _ = reference.load_state_dict(weights, strict=False)
         if missing:
             raise ContractError(f"it lacks the weights of softmax attention: {', '.join(missing)}")
@@ -647,11 +666,9 @@ def check_full_budget(factory: Factory, spec: LayerSpec) -> None:
             output = layer(x.requires_grad_(), *context)
             output.square().sum().backward()
             results.append((output, x.grad))
-        settings = (
-            ", ".join(f"{key}={value}" for key, value in {**cls.full_budget(LENGTH), **extra}.items()) or "defaults"
-        )
+        slot_words = f"H={spec.num_heads}, G={spec.kv_heads}, rotary={spec.rotary_base}, {cls.full_budget(LENGTH)}"
         for what, got, expected in zip(("output", "gradient"), *results, strict=True):
-            require_equal(got, expected, f"{settings}: {what} against softmax attention", FORMS)
+            require_equal(got, expected, f"{slot_words}: {what} against softmax attention", FORMS)
 
 
 @contract(Pattern.ALL)
@@ -729,12 +746,12 @@ def check_heads(factory: Factory, spec: LayerSpec) -> None:
                 if changed - readers or (names[0] == "k_proj" and changed != readers):
                     raise ContractError(
                         f"H={heads}, G={kv_heads}: other weights for head {head} of {' and '.join(names)} change "
-                        f"heads {sorted(changed) or 'none'}; expected {sorted(readers)}: a swapped axis or a wrong group?"
+                        f"heads {sorted(changed)} instead of {sorted(readers)}: a swapped axis or a wrong group?"
                     )
         position = LENGTH // 2
         with torch.no_grad():
             merged = module.merge(arguments[0], replaced(base.flatten(2), slice(position, position + 1)).view(shape))
-            merged, plain = ((y - y[:, :, :1] * 0) for y in (merged, module.merge(arguments[0], base)))
+            plain = module.merge(arguments[0], base)
         elsewhere = torch.arange(LENGTH) != position
         require_equal(merged[:, elsewhere], plain[:, elsewhere], f"merge moves position {position} to others", EXACT)
 
@@ -763,14 +780,12 @@ def check_state_bytes(factory: Factory, spec: LayerSpec) -> str:
         x, *context = inputs(spec, length, batch=1, dtype=torch.float32)
         started(module, 1, *context)
         _, state = module.prefill(x, *context)
-        for state in (state, module.step(x[:, :1], state)[1]):
-            storages = {
-                t.untyped_storage().data_ptr(): t.untyped_storage() for _, t in leaves(state) if isinstance(t, Tensor)
-            }
-            held = sum(storage.nbytes() for storage in storages.values())
-            if held > state.nbytes:
-                raise ContractError(
-                    f"after {length} positions the state keeps {held} bytes alive and reports {state.nbytes}"
-                )
+        for after in (state, module.step(x[:, :1], state)[1]):
+            if not isinstance(after, State):
+                raise ContractError(f"the state is a {type(after).__name__}, not a State")
+            storages = [value.untyped_storage() for _, value in leaves(after) if isinstance(value, Tensor)]
+            held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+            if held > after.nbytes:
+                raise ContractError(f"after {length} positions it keeps {held} bytes alive and reports {after.nbytes}")
         sizes.append(state.nbytes)
     return f"{sizes[0]} bytes at 64 positions, {sizes[1]} at 512"

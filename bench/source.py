@@ -256,13 +256,19 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
 
 @cache
 def _module_path(module: str) -> Path | None:
+    """The source file of a module, found without importing its parents."""
+    package, *rest = module.split(".")
     try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
         return None
-    if found is None or found.origin is None or not found.origin.endswith(".py"):
+    if found is None:
         return None
-    return Path(found.origin)
+    places = [Path(place).joinpath(*rest) for place in found.submodule_search_locations or ()]
+    candidates = [file for place in places for file in (place / "__init__.py", place.with_suffix(".py"))]
+    if not rest and found.origin:
+        candidates.insert(0, Path(found.origin))
+    return next((file for file in candidates if file.suffix == ".py" and file.is_file()), None)
 
 
 @cache
