@@ -143,7 +143,7 @@ class Attention(nn.Module, ABC):
     paper: ClassVar[str]
     stepwise: ClassVar[str | None] = None  # why decoding differs from training by design; None: it does not
     # hyper-parameters for length T at which it is softmax attention, for contract tests; None: there are none
-    full_budget: ClassVar[Callable[[int], dict[str, Any]] | None] = None
+    full_budget: ClassVar[Callable[..., dict[str, Any]] | None] = None
 
     def __init__(self, spec: LayerSpec):
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from bench import errors
 from bench.config import CONF, Choice, check_overrides, choice, explain
 from bench.errors import UserError
 from bench.expand import seeds_as_one
+from bench.plan import Cell
+from bench.store import Store
 
 jobs: list[Choice] = []
 exit_status = 0
@@ -23,14 +26,25 @@ def main() -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, and `explain` puts them in one line
     arguments = get_args_parser().parse_args()
+    for flag in ("config_path", "config_name", "experimental_rerun"):
+        if getattr(arguments, flag) is not None:
+            raise UserError(
+                f"--{flag.replace('_', '-')} is refused; put YAMLs of yours into a folder and type --config-dir FOLDER"
+            )
     check_overrides(arguments.overrides, arguments.config_dir)
-    sys.argv[1:] = [seeds_as_one(text) if arguments.multirun else text for text in sys.argv[1:]]
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
-    except (UserError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise explain(error, arguments.overrides, arguments.config_dir) from error
+    words = [seeds_as_one(text) for text in sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as scratch:  # Hydra leaves a multirun.yaml; ours is the config in each record
+        if not any("hydra/launcher=" in word for word in words):
+            words += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+        sys.argv, typed = [sys.argv[0], *words], sys.argv
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
+        except (UserError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise explain(error, arguments.overrides, arguments.config_dir) from error
+        finally:
+            sys.argv = typed
     return run(jobs) if jobs else exit_status
 
 
@@ -51,7 +65,6 @@ def run(choices: list[Choice]) -> int:
     """Run all cells of the composed jobs and report; the exit status is 1 when a run failed for no reason of its own."""
     from bench import environment, plan
     from bench.progress import Progress
-    from bench.store import Store
     from bench.sweep import FAILED, Sweep, slots
 
     settings = choices[0].settings
@@ -72,12 +85,28 @@ def run(choices: list[Choice]) -> int:
         finally:
             for warning in sweep.warnings:
                 print(warning, file=sys.stderr)
-    report(store, cells)
+    write_report(store, cells)
     return 1 if any(sweep.statuses[status] for status in FAILED) else 0
 
 
-def report(store: Any, cells: list[Any]) -> None:
-    """Write the leaderboards that the cells belong to and print their ranked tables."""
+def write_report(store: Store, cells: list[Cell]) -> None:
+    """Rebuild the leaderboards that the cells belong to, print their ranked tables and name the files."""
+    from rich.console import Console
+
+    from bench import report
+    from bench.config import defaults
+    from bench.tables import read_frames
+
+    frames, warnings = read_frames(store)
+    boards = {(cell.names["task"], cell.names["backbone"], cell.names["budget"]) for cell in cells}
+    paths = report.write(frames, store.root / "leaderboards", defaults=defaults(), only=boards)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for table in report.tables(frames, only=boards):
+        console.print(table)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    for path in paths:
+        print(os.path.relpath(path))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from bench import environment, source
 from bench.plan import Cell, Replica
 from bench.store import HISTORY, Store, as_csv
 
+OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"  # as RuntimeError
+
 
 def compatible(task: Any, backbone: Any, attention: Any) -> str | None:
     """Why this mechanism cannot fill the slots of this backbone on this task, or None: it is simply tried."""
@@ -44,10 +46,13 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
         emit: called with the name of an event and its data.
 
     Raises:
-        StoreError: a record cannot be written. Anything else becomes the status of a record.
+        UserError: the task or the backbone has impossible settings; StoreError: a record cannot be written. Anything
+            else becomes the status of a record.
     """
     import torch
     from hydra.utils import instantiate
+
+    from bench.errors import UserError
 
     torch.set_num_threads(int(cell.settings.get("threads", 1)))
     device = pick_device(cell.settings["device"])
@@ -60,6 +65,8 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
         backbone = instantiate(cell.parts["backbone"], _convert_="all")
         attention = instantiate(cell.parts["attention"], _convert_="all")
         why_not = compatible(task, backbone, attention)
+    except UserError:
+        raise  # a wrong word in the config, not a fault of the mechanism
     except Exception as exception:
         error = exception
     data: dict[int, Any] = {}
@@ -103,7 +110,13 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
             **outcome,
         )
         write(store, record, cell, history)
-        emit("done", run_id=replica.run_id, status=record["status"], reason=record.get("reason", ""), metric=outcome.get("valid"))
+        emit(
+            "done",
+            run_id=replica.run_id,
+            status=record["status"],
+            reason=record.get("reason", ""),
+            metric=outcome.get("valid"),
+        )
 
 
 def make_task(config: dict[str, Any]) -> Any:
@@ -131,9 +144,17 @@ def load(task: Any, seed: int, device: Any) -> dict[str, Any]:
 
 
 def replicate(
-    task: Any, backbone: Any, attention: Any, budget: Any, replica: Replica, data: dict[str, Any], device: Any, emit: Any
+    task: Any,
+    backbone: Any,
+    attention: Any,
+    budget: Any,
+    replica: Replica,
+    data: dict[str, Any],
+    device: Any,
+    emit: Any,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """One replica: build, train, select nothing, evaluate `test` once, measure. Returns (fields of the record, history)."""
+    """One replica: build, train, select nothing, evaluate `test` once, measure; (fields of the record, history)."""
+    from attentions.base import UnsupportedPattern
     from bench import efficiency, training
     from bench.backbones.base import build
     from bench.evaluation import evaluate
@@ -171,7 +192,11 @@ def replicate(
     if result.status == "ok":
         for split in ("valid", "test"):
             outcome["scores"] += evaluate(model, task, data["splits"][split], budget).rows(split)
-        decoding = efficiency.decoding(model, task.spec.length, device)
+        try:
+            decoding = efficiency.decoding(model, task.spec.length, device)
+        except UnsupportedPattern as error:
+            outcome["efficiency"]["no_decoding"] = str(error)
+            return outcome, result.history
         outcome["efficiency"].update(
             state_bytes=decoding.state_bytes, state_length=decoding.length, decode_ms_per_token=decoding.ms_per_token
         )
@@ -183,10 +208,13 @@ def classify(error: BaseException) -> tuple[str, str]:
     import traceback
 
     import torch
+    from hydra.errors import InstantiationException
 
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__  # Hydra's own text only says where in the config
     text = str(error).strip()
-    first = text.splitlines()[0] if text else ""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    first = text.splitlines()[0][:500] if text else ""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in OUT_OF_MEMORY):
         return "oom", first or "out of memory"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
@@ -251,6 +279,7 @@ def write(store: Store, record: dict[str, Any], cell: Cell, history: list[dict[s
 def main() -> None:
     """Entry of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    _die_with_parent()
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     events = os.fdopen(job["events"], "w", encoding="utf-8", buffering=1)
@@ -279,6 +308,14 @@ def job(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
             events=events,
         )
     )
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies; `_end_with_parent` waits for the interpreter lock."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _end_with_parent() -> None:

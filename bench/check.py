@@ -1,4 +1,4 @@
-"""`python -m bench.check attention=<name> [attention.<key>=<value>] [plugins=[my_pkg]] [--config-dir DIR]`: the contract.
+"""`python -m bench.check attention=<name> [attention.<key>=<value>] [plugins=[my_pkg]]`: the contract of a mechanism.
 
 One line per check and pattern; exit status 0 when all is well, 1 when a check fails, 2 for a user's mistake.
 """

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bench import source
+from bench import folder, source
 from bench.errors import UserError, nearest, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +21,10 @@ CONF = ROOT / "conf"
 GROUPS = ("task", "backbone", "attention", "budget", "suite")
 PARTS = ("task", "backbone", "attention", "budget")  # the groups that make a cell
 SETTINGS = ("device", "jobs", "results", "retry", "plugins")  # of a run; no result depends on them
+TOP = (*GROUPS, *SETTINGS, "seed")
+HYDRA = re.compile(
+    r"hydra/launcher|hydra\.launcher\.\w+(\.\w+)*|hydra\.(verbose|mode)"
+)  # of its settings, those for overrides
 STATUSES = ("ok", "diverged", "nan", "oom", "timeout", "unsupported", "error", "killed", "interrupted")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -86,7 +90,11 @@ class Budget:
 
     def identity(self) -> dict[str, Any]:
         """The fields that a result depends on; the grid and the limit on time only decide which results there are."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("learning_rates", "time_limit_seconds")}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("learning_rates", "time_limit_seconds")
+        }
 
 
 ConfigStore.instance().store(group="budget", name="base_budget", node=Budget)
@@ -134,21 +142,39 @@ def choice(config: DictConfig, choices: Any, overrides: Iterable[str]) -> Choice
         raise UserError(str(error).splitlines()[0]) from error
     assert isinstance(resolved, dict)
     for key in resolved:
-        if key not in (*GROUPS, *SETTINGS, "seed"):
-            raise unknown("key", str(key), [*GROUPS, *SETTINGS, "seed"])
+        if key not in TOP:
+            raise unknown("key", str(key), TOP)
     settings = {key: resolved[key] for key in SETTINGS}
+    check_settings(settings)
     plugins = settings["plugins"]
-    if not isinstance(plugins, list) or not all(re.fullmatch(r"\w+", str(p)) for p in plugins):
-        raise UserError(f"plugins must be a list of package names, got {plugins}; type plugins=[my_package]")
-    for status in settings["retry"] or []:
-        if status not in STATUSES:
-            raise unknown("status in retry", str(status), STATUSES)
     for part in PARTS:
         source.check(resolved[part], plugins, part)
-    budget = Budget(**resolved["budget"])
-    budget.validate()
+        if part != "budget" and "_target_" not in resolved[part]:
+            raise UserError(f'{part} "{choices[part]}" has no _target_; write one in its YAML')
+    for key in resolved["budget"]:
+        if key not in (valid := [f.name for f in fields(Budget)]):
+            raise unknown("key", f"budget.{key}", [f"budget.{name}" for name in valid])
+    Budget(**resolved["budget"]).validate()
     names = {part: row_name(part, str(choices[part]), overrides) for part in PARTS}
     return Choice(parts={p: resolved[p] for p in PARTS}, names=names, seeds=seeds(resolved["seed"]), settings=settings)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises UserError for a setting of the wrong type."""
+    for key, example in (("device", "auto"), ("results", "results")):
+        if not isinstance(settings[key], str) or not settings[key]:
+            raise UserError(f"{key} must be a word, got {settings[key]!r}; type {key}={example}")
+    for key, example in (("plugins", "my_package"), ("retry", "error")):
+        if not isinstance(settings[key], list) or not all(isinstance(item, str) for item in settings[key]):
+            raise UserError(f"{key} must be a list of words, got {settings[key]!r}; type {key}=[{example}]")
+    for plugin in settings["plugins"]:
+        if not plugin.isidentifier():
+            raise UserError(f'plugins must be names of packages, got "{plugin}"; type plugins=[my_package]')
+    for status in settings["retry"]:
+        if status not in STATUSES:
+            raise unknown("status in retry", status, STATUSES)
+    if isinstance(settings["jobs"], bool):
+        raise UserError(f"jobs must be auto or a positive whole number, got {settings['jobs']}")
 
 
 def seeds(value: Any) -> list[int]:
@@ -164,7 +190,9 @@ def seeds(value: Any) -> list[int]:
 
 def row_name(part: str, name: str, overrides: Iterable[str]) -> str:
     """Name of a row: the YAML's, with what was overridden in it: `sliding_window(window=32)`."""
-    changed = sorted(o.lstrip("+~").removeprefix(f"{part}.") for o in overrides if o.lstrip("+~").startswith(f"{part}."))
+    changed = sorted(
+        o.lstrip("+~").removeprefix(f"{part}.") for o in overrides if o.lstrip("+~").startswith(f"{part}.")
+    )
     changed = [c for c in changed if not (part == "budget" and c.startswith(("learning_rates", "time_limit_seconds")))]
     return f"{name}({','.join(changed)})" if changed else name
 
@@ -180,37 +208,45 @@ def check_overrides(overrides: Sequence[str], config_dir: str | None = None) -> 
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(f"--config-dir: there is no folder {config_dir}")
+    if config_dir is not None:
+        folder.check(Path(config_dir), CONF, lambda text: check_overrides([text], None))
     parser = OverridesParser.create()
     for text in overrides:
         try:
+            text.encode()
             override = parser.parse_override(text)
-        except HydraException as error:
-            raise UserError(f'cannot read "{text}": {str(error).splitlines()[0]}; type KEY=VALUE') from error
-        key = override.key_or_group.split("@")[0]
+        except (HydraException, UnicodeEncodeError) as error:
+            raise UserError(f"cannot read {text!a}: {str(error).splitlines()[0]}; type KEY=VALUE") from error
+        key = override.key_or_group
+        top = re.split(r"[./]", key)[0]
+        if not key or "@" in key or override.package:
+            raise UserError(f'cannot read "{text}": {key or "an empty name"} is no key; type KEY=VALUE')
         if key in GROUPS:
-            for name in [str(value()) for value in _values(override)]:
-                if name not in ("None", "null") and not NAME.fullmatch(name):
-                    raise unknown(key, name, options(key, config_dir), f"All of them: python -m bench.list {key}s")
-        if key.startswith("hydra.") and ("_target_" in text or key.startswith(("hydra.run", "hydra.sweep.", "hydra.searchpath"))):
-            raise UserError(f'"{key}" is not for overrides; set the folder of results with results=FOLDER')
-        if override.is_delete() and key.split(".")[0] in (*GROUPS, *SETTINGS, "seed"):
+            for name in _names(override):
+                if not (isinstance(name, str) and NAME.fullmatch(name)) and (name is not None or key != "suite"):
+                    raise unknown(key, str(name), options(key, config_dir), _all_of(key))
+        if top == "hydra" and (not HYDRA.fullmatch(key) or "_target_" in text or "${" in text):
+            raise UserError(
+                f'"{text}" is not for overrides; Hydra\'s own settings are left alone, but for hydra/launcher'
+            )
+        if override.is_delete() and top in TOP:
             raise UserError(f'"{text}": nothing can be taken out of a run; choose another value with {key}=VALUE')
-        if override.is_add() and key.split(".")[0] in (*PARTS, *SETTINGS, "seed"):
+        if (override.is_add() or override.is_force_add()) and top in TOP:
             raise UserError(f'"{text}" would add a key; every key there is exists already: type {text.lstrip("+")}')
 
 
-def _values(override: Any) -> list[Any]:
-    """The names an override of a group chooses, as callables; a glob or a null chooses none that need a check."""
+def _names(override: Any) -> list[Any]:
+    """The names that an override of a group chooses; a glob chooses among those that there are."""
     from hydra.core.override_parser.types import Glob
 
     value = override.value()
     if isinstance(value, Glob):
         return []
-    if override.is_choice_sweep():
-        value = value.list
-    return [lambda v=v: v for v in (value if isinstance(value, list) else [value])]
+    return [getattr(name, "text", name) for name in (value.list if override.is_choice_sweep() else [value])]
+
+
+def _all_of(group: str) -> str:
+    return f"All of them: python -m bench.list {group}s" if group in GROUPS else ""
 
 
 def explain(error: Exception, overrides: Sequence[str], config_dir: str | None = None) -> UserError:
@@ -224,7 +260,12 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: str | None =
         r"In '[^']*': Could not find '([\w/@]+)/([^']+)'", text
     ):
         group, name = found.groups()
-        return unknown(group, name, options(group, config_dir), f"All of them: python -m bench.list {group}s")
+        return unknown(group, name, options(group, config_dir), _all_of(group))
+    if found := re.search(r"Ambiguous value for argument '(([^=]+)=(.*))'", text):
+        or_list = "" if found[2] in GROUPS else f"; for a list type {found[2]}=[{found[3]}]"
+        return UserError(f'"{found[1]}" is a sweep, add -m to the command{or_list}')
+    if found := re.search(r"Error merging override ([^=]+)=(.*)\n.*is not a ListConfig", text):
+        return UserError(f"{found[1]} must be a list, got {found[2]}; type {found[1]}=[{found[2]}]")
     if found := re.search(r"Could not (?:override|append to config[^']*|delete from config[^']*)\W*'([^']+)'", text):
         return unknown("key", found[1], _keys(overrides, found[1], config_dir))
     if found := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
@@ -243,8 +284,8 @@ def _keys(overrides: Sequence[str], key: str, config_dir: str | None) -> list[st
 
     part = key.split(".")[0]
     if part not in PARTS:
-        top = [*GROUPS, *SETTINGS, "seed"]
-        return [f"{nearest(part, top)[0]}.{key.partition('.')[2]}"] if "." in key else top
+        near = nearest(part, PARTS)[0] if "." in key else ""
+        return _keys(overrides, f"{near}.{key.partition('.')[2]}", config_dir) if near else [*TOP]
     if part == "budget":
         return [f"budget.{f.name}" for f in fields(Budget)]
     chosen = [o.partition("=")[2] for o in overrides if o.startswith(f"{part}=")] or [str(_default(part))]

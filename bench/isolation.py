@@ -38,11 +38,14 @@ def environment(slot: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass
 class Outcome:
-    """How a child ended: (status, reason) for the replica it was working on, or None when it finished its list."""
+    """How a child ended before it had finished its list: (status, reason) for the replicas that ended with it.
+
+    victims: the replica it was working on; none when it died between two; all when it died before its first.
+    """
 
     status: str
     reason: str
-    started: bool  # False: it died before any replica, so none of its replicas can run
+    victims: list[Replica]
 
 
 @dataclass
@@ -130,14 +133,14 @@ class Child:
             self.fatal = event["reason"]
 
     def alive(self) -> bool:
-        """Whether it runs; past its limit it is killed first."""
+        """Whether it works; past its limit, or with nothing left to do, it is killed first."""
         if self.process.poll() is not None:
             return False
-        if time.monotonic() > self.deadline:
-            self.timed_out = True
-            self.kill()
-            return False
-        return True
+        if self.todo and time.monotonic() <= self.deadline:
+            return True
+        self.timed_out = bool(self.todo)
+        self.kill()
+        return False
 
     def kill(self) -> None:
         """End the whole process group, at once."""
@@ -148,7 +151,7 @@ class Child:
         self.process.wait()
 
     def close(self) -> Outcome | None:
-        """Release a dead child's files and say what happened to the replica in its hands; None: all done."""
+        """Release a dead child's files and say what happened to the replicas in its hands; None: all done."""
         self.listen()
         tail = self._last_words()
         os.close(self.events)
@@ -160,20 +163,22 @@ class Child:
                 pass
         if not self.todo or self.fatal:
             return None
-        started = self.current is not None or bool(self.finished)
+        victims = [self.current] if self.current else [] if self.finished else self.todo
         code = self.process.returncode
         if self.timed_out:
-            limit = self.cell.budget.time_limit_seconds if self.current is not None else STARTUP_SECONDS
-            return Outcome("timeout", f"no result within {limit:g} s; raise budget.time_limit_seconds", started)
+            if self.current is None:
+                return Outcome("timeout", f"the process did not start within {STARTUP_SECONDS:g} s", victims)
+            limit = self.cell.budget.time_limit_seconds
+            return Outcome("timeout", f"no result within {limit:g} s; raise budget.time_limit_seconds", victims)
         if code == -signal.SIGKILL:
             if _oom_kills() > self.oom_kills:
-                return Outcome("oom", "the system ended the process: out of memory", started)
-            return Outcome("killed", "the process was killed (SIGKILL)", started)
+                return Outcome("oom", "the system ended the process: out of memory", victims)
+            return Outcome("killed", "the process was killed (SIGKILL)", victims)
         if code == -signal.SIGTERM:
-            return Outcome("killed", "the process was ended (SIGTERM)", started)
+            return Outcome("killed", "the process was ended (SIGTERM)", victims)
         if code < 0:
-            return Outcome("error", f"the process died by {signal.Signals(-code).name}{tail}", started)
-        return Outcome("error", f"the process ended with status {code} and no record{tail}", started)
+            return Outcome("error", f"the process died by {signal.Signals(-code).name}{tail}", victims)
+        return Outcome("error", f"the process ended with status {code} and no record{tail}", victims)
 
     def _last_words(self) -> str:
         self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - 4096))
@@ -182,10 +187,11 @@ class Child:
 
 
 def _oom_kills() -> int:
-    """How often the kernel has ended a process of this control group for memory."""
-    path = Path("/sys/fs/cgroup/memory.events")
-    try:
-        fields = dict(line.split() for line in path.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(fields.get("oom_kill", 0))
+    """How often the kernel has ended a process for want of memory."""
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):  # of the group; without one, of the machine
+        try:
+            fields = dict(line.split() for line in Path(path).read_text().splitlines())
+            return int(fields["oom_kill"])
+        except (OSError, ValueError, KeyError):
+            continue
+    return 0

@@ -1,4 +1,4 @@
-"""From composed configurations to planned cells: identity of runs, what is recorded, what is left to do. No torch here."""
+"""From composed configurations to planned cells: identity of runs, what is recorded and what is left. No torch here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from bench import source
 from bench.config import Budget, Choice
 from bench.store import Store, digest
 
-ALWAYS_RETRIED = ("killed", "interrupted")  # nobody's fault; other failures are results until retry=[...] says otherwise
+ALWAYS_RETRIED = (
+    "killed",
+    "interrupted",
+)  # nobody's fault; other failures are results until retry=[...] says otherwise
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,22 @@ class Cell:
 
 
 def identity(parts: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything a cell's results depend on, as code and configs stand now; `attention_source` is the code's hash.
+    """Everything a cell's results depend on, as code and configs stand now.
+
+    `attention_source` is the hash of the code of all mechanisms, those that the backbone itself brings included.
 
     Raises:
         UserError: a `_target_` that cannot be found.
     """
     names = tuple(plugins)
+    mechanisms = source.targets(parts["attention"]) + source.targets(parts["backbone"])[1:]
     return dict(
         program=training_version(),
         task=parts["task"],
         task_version=source.literal(source.resolve(parts["task"]["_target_"], names), "version"),
         backbone=parts["backbone"],
         attention=parts["attention"],
-        attention_source=source.source_hash(tuple(source.targets(parts["attention"])), names),
+        attention_source=source.source_hash(tuple(mechanisms), names),
         budget=Budget(**parts["budget"]).identity(),
     )
 
@@ -116,7 +122,9 @@ def merge(cells: Iterable[Cell]) -> list[Cell]:
     return list(merged.values())
 
 
-def outstanding(cell: Cell, store: Store, retry: Sequence[str] = (), warnings: list[str] | None = None) -> list[Replica]:
+def outstanding(
+    cell: Cell, store: Store, retry: Sequence[str] = (), warnings: list[str] | None = None
+) -> list[Replica]:
     """Replicas without a final record: never run, or ended with a status that is to be run again."""
     again = {*ALWAYS_RETRIED, *retry}
     left = []

@@ -36,15 +36,12 @@ class Progress:
 
     def __init__(self, cells: list[Cell], out: TextIO | None = None):
         self.out = out or sys.stdout
-        self.rows = {
-            cell.id: Row(cell.names["attention"], len(cell.replicas), cell.budget.max_steps) for cell in cells
-        }
+        self.rows = {cell.id: Row(cell.names["attention"], len(cell.replicas), cell.budget.max_steps) for cell in cells}
         tasks = {(cell.names["task"], cell.names["backbone"]) for cell in cells}
         if len(tasks) > 1:
             for cell in cells:
                 self.rows[cell.id].title = cell.title
         self.started = self.last_line = time.monotonic()
-        self.share_at_start: float | None = None
         self.wait = 0
         self.live: Any = None
 
@@ -80,7 +77,9 @@ class Progress:
             if event["status"] not in ("ok", "unsupported"):
                 self._line(f"{row.title}: {event['status']}: {event['reason']}")
             if row.recorded + row.done == row.planned:
-                self._line(f"{row.title}: done, {row.planned} runs, best valid {_number(row.best, event.get('metric'))}")
+                self._line(
+                    f"{row.title}: done, {row.planned} runs, best valid {_number(row.best, event.get('metric'))}"
+                )
         metric = event.get("metric")
         if metric is not None:
             row.best = metric if row.best is None else max(row.best, metric)
@@ -96,21 +95,22 @@ class Progress:
     def _line(self, text: str) -> None:
         self.last_line = time.monotonic()
         if self.live is not None:
-            self.live.console.print(text, highlight=False)
+            self.live.console.print(text, highlight=False, markup=False)
         else:
             print(text, file=self.out, flush=True)
 
     def _headline(self) -> str:
-        share = sum(row.share * row.planned for row in self.rows.values()) / sum(row.planned for row in self.rows.values())
-        if self.share_at_start is None:
-            self.share_at_start = sum(r.recorded for r in self.rows.values()) / sum(r.planned for r in self.rows.values())
+        planned = sum(row.planned for row in self.rows.values())
+        finished = sum(row.share * row.planned for row in self.rows.values())
+        gained = finished - sum(row.recorded for row in self.rows.values())  # by this sweep, in runs
         elapsed = time.monotonic() - self.started
-        gained = share - self.share_at_start
-        left = f", about {_duration(elapsed * (1 - share) / gained)} left" if gained > 0.01 and share < 1 else ""
+        known = gained > 0.01 * planned and finished < planned
+        left = f", about {_duration(elapsed * (planned - finished) / gained)} left" if known else ""
         done = sum(row.recorded + row.done for row in self.rows.values())
-        return f"{done} of {sum(r.planned for r in self.rows.values())} runs, {_duration(elapsed)}{left}"
+        return f"{done} of {planned} runs, {_duration(elapsed)}{left}"
 
     def _table(self) -> Any:
+        from rich.markup import escape
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
@@ -123,7 +123,7 @@ class Progress:
         for row in self.rows.values():
             bad = sorted({status for status in row.statuses if status != "ok"})
             table.add_row(
-                row.title,
+                escape(row.title),
                 ProgressBar(total=1.0, completed=row.share, width=30),
                 f"{row.recorded + row.done}/{row.planned}",
                 _number(row.best, None),

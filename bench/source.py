@@ -10,6 +10,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import io
+import math
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +22,7 @@ from typing import Any
 from bench.errors import UserError, nearest, unknown
 
 OWN_PACKAGES = ("attentions", "tasks", "bench")
+RESERVED = ("_target_", "_partial_")  # the keys with an underscore that a config may have; never `_args_`
 Definition = ast.ClassDef | ast.FunctionDef
 
 
@@ -62,10 +66,10 @@ def resolve(name: str, plugins: Sequence[str] = ()) -> Target:
 
 
 def check(config: Any, plugins: Sequence[str] = (), where: str = "") -> None:
-    """Check every `_target_` in a resolved config, however deep, and the keywords beside it.
+    """Check every `_target_` in a resolved config, however deep, its keywords, and that the rest is plain data.
 
     Raises:
-        UserError: a refused target, or a key that its constructor does not have.
+        UserError: a refused target, a key that its constructor does not have, or a value that is not plain data.
     """
     if isinstance(config, Mapping):
         if "_target_" in config:
@@ -73,19 +77,28 @@ def check(config: Any, plugins: Sequence[str] = (), where: str = "") -> None:
             valid = keywords(target)
             for key, value in config.items():
                 path = f"{where}.{key}" if where else str(key)
-                if str(key).startswith("_"):
+                if key in RESERVED:
                     continue
                 if key not in valid:
                     raise unknown("key", path, [f"{where}.{k}" if where else k for k in valid])
                 _check_type(path, value, valid[key].annotation)
             missing = [k for k, keyword in valid.items() if keyword.required and k not in config]
             if missing:
-                raise UserError(f"{where}: {config['_target_']} needs a value for {', '.join(missing)}; type {where}.{missing[0]}=VALUE")
+                raise UserError(
+                    f"{where}: {config['_target_']} needs a value for {', '.join(missing)}; "
+                    f"type {where}.{missing[0]}=VALUE"
+                )
         for key, value in config.items():
             check(value, plugins, f"{where}.{key}" if where else str(key))
     elif isinstance(config, (list, tuple)):
         for index, value in enumerate(config):
             check(value, plugins, f"{where}.{index}")
+    elif config is not None and not isinstance(config, (str, int, float)):
+        raise UserError(f"{where} must be plain data, got {config!r}")
+    elif isinstance(config, float) and not math.isfinite(config):
+        raise UserError(f"{where} must be finite, got {config}")
+    elif isinstance(config, str) and "${" in config:  # it would be resolved once more, after this check
+        raise UserError(f"{where}: an escaped interpolation is not allowed, got {config!r}")
 
 
 def targets(config: Any) -> list[str]:
@@ -190,34 +203,38 @@ def _collect(module: str, files: dict[str, Path]) -> None:
         return
     files[module] = path
     package = module.split(".")[0]
-    for imported in _imports(_tree(path), module):
+    for imported in _imports(path, module):
         if imported.split(".")[0] == package:
             _collect(imported, files)
 
 
-def _imports(tree: ast.AST, module: str) -> Iterable[str]:
-    for node in ast.walk(tree):
+def _imports(path: Path, module: str) -> Iterable[str]:
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
+            base = _absolute(node, module, path)
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)  # `from package import module`
 
 
 def _code(path: Path) -> str:
-    """The file without comments on lines of their own, docstrings, blank lines and trailing space."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    drop: set[int] = set()
+    """The file without comments, docstrings on lines of their own, blank lines and trailing space."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(_tree(path)):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            drop.update(range(first.lineno - 1, first.end_lineno or first.lineno))
-    kept = (line.rstrip() for number, line in enumerate(lines) if number not in drop)
-    return "\n".join(line for line in kept if line and not line.lstrip().startswith("#"))
+            start, end = first.lineno - 1, first.end_lineno or first.lineno
+            alone = not lines[start].encode()[: first.col_offset].strip()
+            if alone and not lines[end - 1].encode()[first.end_col_offset :].strip():
+                lines[start:end] = [""] * (end - start)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def _ancestry(target: Target) -> Iterable[ast.ClassDef]:
@@ -230,7 +247,7 @@ def _ancestry(target: Target) -> Iterable[ast.ClassDef]:
         alias.asname or alias.name: (base, alias.name)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
-        for base in [_absolute(node, target.module)]
+        for base in [_absolute(node, target.module, target.path)]
         for alias in node.names
     }
     local = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -241,23 +258,28 @@ def _ancestry(target: Target) -> Iterable[ast.ClassDef]:
             yield from _ancestry(Target(base.id, target.module, target.path, local[base.id]))
         elif base.id in origins:
             module, attribute = origins[base.id]
-            path = _module_path(module) if module.split(".")[0] in (*OWN_PACKAGES, target.module.split(".")[0]) else None
+            path = (
+                _module_path(module) if module.split(".")[0] in (*OWN_PACKAGES, target.module.split(".")[0]) else None
+            )
             if path is not None:
                 nodes = [n for n in _tree(path).body if isinstance(n, ast.ClassDef) and n.name == attribute]
                 if nodes:
                     yield from _ancestry(Target(attribute, module, path, nodes[0]))
 
 
-def _absolute(node: ast.ImportFrom, module: str) -> str:
+def _absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
     if not node.level:
         return node.module or ""
-    return ".".join([*module.split(".")[: -node.level], *([node.module] if node.module else [])])
+    parts = [*module.split("."), "__init__"] if path.name == "__init__.py" else module.split(".")
+    return ".".join([*parts[: -node.level], *([node.module] if node.module else [])])
 
 
 @cache
 def _module_path(module: str) -> Path | None:
     """The source file of a module, found without importing its parents."""
     package, *rest = module.split(".")
+    if not all(part.isidentifier() for part in (package, *rest)):
+        return None
     try:
         found = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -273,4 +295,7 @@ def _module_path(module: str) -> Path | None:
 
 @cache
 def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not valid Python: {error}") from error

@@ -1,9 +1,9 @@
 """The store: one immutable, checksummed record per run, written whole or not at all. Tables are derived from it.
 
-    results/runs/<run_id>/record.json    facts and scores; beside it config.yaml and history.csv
-    results/runs/<run_id>.2/...          a second attempt; the newest attempt counts
-    results/runs/.locks/<cell_id>        held by the process that is working on a cell
-    results/quarantine/                  damaged records, set aside
+results/runs/<run_id>/record.json    facts and scores; beside it config.yaml and history.csv
+results/runs/<run_id>.2/...          a second attempt; the newest attempt counts
+results/runs/.locks/<cell_id>        held by the process that is working on a cell
+results/quarantine/                  damaged records, set aside
 """
 
 from __future__ import annotations
@@ -127,11 +127,13 @@ class Store:
             for name, text in files.items():
                 _write_synced(temporary / name, text)
             hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-            attempt = len(self.attempts(run_id)) + 1
+            attempt = 1 + max(self._attempts(run_id), default=0)
             while True:
                 body = finite({**record, "schema": SCHEMA, "attempt": attempt, "files": hashes})
                 body["checksum"] = checksum(body)
-                _write_synced(temporary / "record.json", json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n")
+                _write_synced(
+                    temporary / "record.json", json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
+                )
                 _sync_folder(temporary)
                 target = self.runs / (run_id if attempt == 1 else f"{run_id}.{attempt}")
                 try:
@@ -145,16 +147,22 @@ class Store:
             return target
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise StoreError(f"cannot write the record of run {run_id} under {self.runs}: {error.strerror or error}") from error
+            raise StoreError(
+                f"cannot write the record of run {run_id} under {self.runs}: {error.strerror or error}"
+            ) from error
 
     def attempts(self, run_id: str) -> list[Path]:
         """Folders of a run, oldest attempt first."""
+        found = self._attempts(run_id)
+        return [found[attempt] for attempt in sorted(found)]
+
+    def _attempts(self, run_id: str) -> dict[int, Path]:
         found = {1: self.runs / run_id} if (self.runs / run_id).exists() else {}
         for path in self.runs.glob(f"{run_id}.*"):
             match = FOLDER.fullmatch(path.name)
             if match and match["attempt"]:
                 found[int(match["attempt"])] = path
-        return [found[attempt] for attempt in sorted(found)]
+        return found
 
     def latest(self, run_id: str, warnings: list[str] | None = None) -> dict[str, Any] | None:
         """The newest readable record of a run, or None; a damaged one is set aside with a warning line."""
@@ -189,13 +197,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read and verify one record and the files beside it.
 
     Raises:
-        DamagedRecord: with the reason; UserError: written by a newer version of this program.
+        DamagedRecord: with the reason; StoreError: a healthy record may be there, but this process cannot read it;
+        UserError: written by a newer version of this program.
     """
     try:
-        record = json.loads((folder / "record.json").read_bytes())
-    except (OSError, ValueError) as error:
+        record = json.loads(_read(folder / "record.json"))
+    except (ValueError, RecursionError) as error:
         raise DamagedRecord(f"unreadable: {type(error).__name__}") from error
-    if not isinstance(record, dict) or record.get("checksum") != _checksum_or_none(record):
+    if not isinstance(record, dict) or record.get("checksum") != _checksum_of_data(record):
         raise DamagedRecord("checksum does not match")
     if record.get("schema") != SCHEMA:
         raise UserError(f"{folder} has schema {record.get('schema')}, this program reads {SCHEMA}; update the program")
@@ -203,11 +212,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if match is None or match["run_id"] != record["run_id"]:
         raise DamagedRecord("its name is not its run id")
     for name, expected in record["files"].items():
-        try:
-            actual = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        except OSError:
-            raise DamagedRecord(f"{name} is missing") from None
-        if actual != expected:
+        if hashlib.sha256(_read(folder / name)).hexdigest() != expected:
             raise DamagedRecord(f"{name} was changed")
     return record
 
@@ -218,11 +223,20 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     return [{k: float(v) if v else math.nan for k, v in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
 
-def _checksum_or_none(record: Mapping[str, Any]) -> str | None:
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedRecord(f"{path.name} is missing") from None
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _checksum_of_data(record: Mapping[str, Any]) -> str:
     try:
         return checksum(record)
-    except (TypeError, ValueError):
-        return None
+    except (TypeError, ValueError):  # infinities, which are never written
+        return "none"
 
 
 def _children(folder: Path) -> list[Path]:

@@ -20,9 +20,9 @@ from bench import cell as cell_module
 from bench import environment
 from bench.errors import UserError
 from bench.isolation import Child, Outcome
-from bench.plan import Cell, Replica, outstanding
+from bench.plan import ALWAYS_RETRIED, Cell, Replica, outstanding
 from bench.progress import Progress
-from bench.store import Store
+from bench.store import Store, StoreError
 
 TICK_SECONDS = 0.05
 FAILED = ("error", "oom", "timeout", "killed", "interrupted")  # not a mechanism's result; the exit status says so
@@ -58,7 +58,7 @@ class Sweep:
     queue: list[Job] = field(default_factory=list)
     running: dict[int, tuple[Job, Child]] = field(default_factory=dict)
     held: dict[str, FileLock] = field(default_factory=dict)
-    interrupted: bool = False
+    interrupted: str = ""  # by what
     statuses: Counter = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
 
@@ -67,10 +67,10 @@ class Sweep:
 
         Raises:
             UserError: the results folder cannot be written, or the task's settings are impossible.
-            KeyboardInterrupt: Ctrl-C; what was running is recorded as interrupted.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; what was running is recorded as interrupted.
         """
         self.store.prepare()
-        waiting = [cell for cell in self.cells]
+        waiting = list(self.cells)
         handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             while (waiting or self.queue or self.running) and not self.interrupted:
@@ -80,7 +80,7 @@ class Sweep:
                 self.progress.waiting(len(waiting) if not (self.queue or self.running) else 0)
                 time.sleep(TICK_SECONDS)
             if self.interrupted:
-                self._stop("interrupted", "Ctrl-C")
+                self._stop("interrupted", self.interrupted)
                 raise KeyboardInterrupt
         finally:
             for _, child in self.running.values():
@@ -95,7 +95,7 @@ class Sweep:
             for _, child in self.running.values():
                 child.kill()
             os._exit(130)
-        self.interrupted = True
+        self.interrupted = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
     def _admit(self, waiting: list[Cell]) -> list[Cell]:
         """Queue the waiting cells that no other sweep is working on; those that are recorded meanwhile drop out."""
@@ -110,6 +110,8 @@ class Sweep:
             except Timeout:
                 still.append(cell)
                 continue
+            except OSError as error:
+                raise StoreError(f"cannot lock {lock.lock_file}: {error.strerror or error}") from error
             left = outstanding(cell, self.store, self.retry, self.warnings)
             self.progress.admitted(cell, len(cell.replicas) - len(left))
             if not left:
@@ -158,8 +160,7 @@ class Sweep:
 
     def _record_failure(self, job: Job, child: Child, outcome: Outcome) -> None:
         """Record what a dead child did not, and queue the replicas it had not reached."""
-        victims = [child.current or child.todo[0]] if outcome.started else list(child.todo)
-        for replica in victims:
+        for replica in outcome.victims:
             record = dict(
                 run_id=replica.run_id,
                 config_id=replica.config_id,
@@ -173,11 +174,13 @@ class Sweep:
                 environment={**self.facts, **environment.software(), **environment.processor()},
                 **cell_module.header(child.cell),
             )
-            if (self.store.latest(replica.run_id) or {}).get("status") not in (None, "killed", "interrupted", *self.retry):
-                continue  # the child had recorded it before it died
-            cell_module.write(self.store, record, child.cell, [])
-            self._tell(child, dict(event="done", run_id=replica.run_id, status=outcome.status, reason=outcome.reason, metric=None))
-        left = [replica for replica in child.todo if replica not in victims]
+            known = self.store.latest(replica.run_id)
+            if known is None or known["status"] in (*ALWAYS_RETRIED, *self.retry):
+                cell_module.write(self.store, record, child.cell, [])
+            else:
+                record = known  # the child had written it before it died
+            self._tell(child, {"event": "done", "metric": record.get("valid"), **record})
+        left = [replica for replica in child.todo if replica not in outcome.victims]
         if left and not self.interrupted:
             self.queue.insert(0, dataclasses.replace(job, replicas=left))
 
@@ -189,7 +192,7 @@ class Sweep:
             child.close()
             del self.running[number]
             if child.current is not None:
-                self._record_failure(job, child, Outcome(status, reason, started=True))
+                self._record_failure(job, child, Outcome(status, reason, [child.current]))
 
 
 def _split(replicas: list[Replica], shards: int) -> list[list[Replica]]:

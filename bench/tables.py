@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from bench import plan
+from bench.config import Budget
 from bench.errors import UserError
 from bench.report.frames import Frames
-from bench.store import Store, read_history
+from bench.store import Store, digest, read_history
 
 
 def read_frames(store: Store) -> tuple[Frames, list[str]]:
@@ -31,6 +32,13 @@ def _stale(record: dict[str, Any], warnings: list[str]) -> bool:
         return True
 
 
+def _conditions(record: dict[str, Any]) -> str:
+    """Equal for runs that may stand on one board."""
+    config = record["config"]
+    budget = Budget(**config["budget"]).identity()
+    return digest(dict(task=config["task"], version=record["task"]["version"], backbone=config["backbone"], budget=budget))
+
+
 def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
     """One row of `runs`; what a failed run did not measure is NaN."""
     task, names, environment = record["task"], record["names"], record["environment"]
@@ -40,6 +48,8 @@ def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
         run_id=record["run_id"],
         attempt=record["attempt"],
         config_id=record["config_id"],
+        cell_id=record["cell_id"],
+        conditions_id=_conditions(record),
         stale=stale,
         status=record["status"],
         reason=record["reason"],

@@ -55,7 +55,7 @@ def epochs(task: Task, segments: Sequence[Batch], batch_size: int, seed: int) ->
 def optimiser(model: Backbone, peak: float, budget: Budget, device: torch.device) -> torch.optim.Optimizer:
     """AdamW on all parameters, weight decay included, as Zoology does.
 
-    On a CPU never `fused`: torch 2.13 applies a gradient whose strides differ from its parameter's to the wrong elements.
+    On a CPU never `fused`: torch 2.13 misplaces the elements of a gradient with strides other than its parameter's.
     """
     return torch.optim.AdamW(
         model.parameters(),
@@ -120,6 +120,10 @@ def train(
         )
         result.history.append(row)
         progress(result.steps, row["valid_metric"])
+        if not math.isfinite(row["valid_loss"]):  # the last update broke the weights, and no further loss shows it
+            result.status = result.stopped = "nan"
+            result.reason = f"validation loss is {row['valid_loss']} after step {result.steps}"
+            return result
         if mean_loss > budget.diverged_at * first_loss:
             result.status = result.stopped = "diverged"
             result.reason = f"mean loss {mean_loss:.3g} by step {result.steps}, {first_loss:.3g} at the first"

@@ -223,15 +223,11 @@ class Recurrent(QKVAttention):
         """In the memory's precision, with the normaliser's column of ones, and zero where masked."""
         if self.normalised:
             v = F.pad(v, (0, 1), value=1.0)
-        k, v = masked(wide(k), key_mask), masked(wide(v), key_mask)
-        return (
-            k,
-            v,
-            {
-                name: wide(x).expand(*k.shape[:2], -1) if x.dim() == 1 else masked(wide(x), key_mask)
-                for name, x in terms.items()
-            },
-        )
+        terms = {
+            name: wide(x).expand(*k.shape[:2], -1) if x.dim() == 1 else masked(wide(x), key_mask)
+            for name, x in terms.items()
+        }
+        return masked(wide(k), key_mask), masked(wide(v), key_mask), terms
 
 
 def width(spec: LayerSpec, expand: float) -> int:

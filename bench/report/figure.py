@@ -62,13 +62,13 @@ def render(draw: Callable[[Board], Figure | None], board: Board) -> bytes | None
         if figure is None:
             return None
         out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(out, format="png", dpi="figure", metadata={"Software": None})
         return out.getvalue()
 
 
 def new(width: float, height: float, board: Board, title: str) -> Figure:
     """An empty figure, sizes in inches, with title and a caption of conditions that fit the width."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     heading = textwrap.fill(title, int(width * 12))
     caption = "\n".join(textwrap.fill(line, int(width * 20)) for line in wording.caption(board).splitlines())
@@ -88,7 +88,7 @@ def panels(board: Board, title: str, names: Sequence[str], x: str, y: str) -> tu
         if index >= len(names):
             ax.set_visible(False)
             continue
-        ax.set_title(shorten(names[index], 30), loc="left")
+        ax.set_title(shorten(names[index], 26), loc="left")
         if index + columns >= len(names):  # nothing below it
             ax.set_xlabel(x)
             ax.tick_params(labelbottom=True)
@@ -104,27 +104,27 @@ def shorten(name: str, length: int = 34) -> str:
 
 def value_axis(ax: Axes, board: Board) -> None:
     """The metric upwards: 0 to 1 for a fraction, whatever the data need otherwise."""
-    if board.unit == "fraction":
+    if board.fraction:
         ax.set_ylim(-0.03, 1.04)
         ax.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def log_axis(axis: Any, form: Callable[[float], str], at: Sequence[float] | None = None) -> None:
-    """A logarithmic axis with plain numbers: at powers of ten (with 2 and 5 where there is room), or at given values."""
+    """A logarithmic axis with plain numbers, at powers of ten or at given values."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1.0,)) if at is None else FixedLocator(list(at)))
-    if at is not None:
-        axis.set_minor_locator(NullLocator())
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
 
-def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write names (x, y, name, colour) beside their points, clear of each other, of the points and of the frame.
+def label_points(
+    ax: Axes, points: Sequence[tuple[float, float, str, str]], bars: Sequence[tuple[float, float, float]]
+) -> None:
+    """Write names (x, y, name, colour) beside their points, clear of each other, of points, bars and the frame.
 
-    Tries places around each point at growing distances and takes the first free one, or the one that overlaps
-    least; a label that had to move away gets a line to its point.
+    Bars are vertical: (x, low, high). Tries places around each point at growing distances and takes the first free
+    one, or the one that overlaps least; a label that had to move away gets a line to its point.
     """
     figure = ax.figure
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -133,7 +133,12 @@ def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> N
     pixels = [tuple(ax.transData.transform((x, y))) for x, y, _, _ in points]
     dot = 5.0 * figure.dpi / 72
     taken = [(px - dot, py - dot, px + dot, py + dot) for px, py in pixels]
-    for (x, y, name, colour), (px, py) in sorted(zip(points, pixels, strict=True), key=lambda item: (-item[1][1], item[1][0])):
+    for x, low, high in bars:
+        (left, bottom), (_, top) = ax.transData.transform([(x, low), (x, high)])
+        taken.append((left - 1, bottom, left + 1, top))
+    for (x, y, name, colour), (px, py) in sorted(
+        zip(points, pixels, strict=True), key=lambda item: (-item[1][1], item[1][0])
+    ):
         text = ax.annotate(
             name, (x, y), xytext=(0, 0), textcoords="offset pixels", fontsize=7, color=colour, va="center", ha="left"
         )
@@ -150,10 +155,14 @@ def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> N
                 break
         text.set_position(best)
         taken.append((px + best[0], py + best[1] - height / 2, px + best[0] + width, py + best[1] + height / 2))
-        if abs(best[1]) > 1.5 * height:
+        if abs(best[1]) > 1.3 * height:
             near = min(max(0.0, best[0]), best[0] + width), best[1] - math.copysign(height / 2, best[1])
             ax.annotate(
-                "", (x, y), xytext=near, textcoords="offset pixels", arrowprops=dict(arrowstyle="-", color=colour, lw=0.5)
+                "",
+                (x, y),
+                xytext=near,
+                textcoords="offset pixels",
+                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5},
             )
 
 

@@ -15,7 +15,10 @@ RUNS = {
     "attempt": ("Int64", "1, or more when the run was repeated; only the newest attempt is here"),
     "config_id": ("string", "the run id without the mechanism's source"),
     "cell_id": ("string", "hash of all but learning rate and seed: one configuration of one mechanism"),
-    "conditions_id": ("string", "hash of what every row of a board must share: task, backbone and budget, values included"),
+    "conditions_id": (
+        "string",
+        "hash of what every row of a board must share: task, backbone and budget, values included",
+    ),
     "stale": ("boolean", "the mechanism, the task or the program has changed since; not ranked"),
     "status": ("string", "ok, diverged, nan, oom, timeout, unsupported, error, killed or interrupted"),
     "reason": ("string", "why it is not ok, one line"),
@@ -84,7 +87,10 @@ class Frames:
 
     @classmethod
     def from_rows(
-        cls, runs: Iterable[Mapping[str, Any]], scores: Iterable[Mapping[str, Any]], history: Iterable[Mapping[str, Any]]
+        cls,
+        runs: Iterable[Mapping[str, Any]],
+        scores: Iterable[Mapping[str, Any]],
+        history: Iterable[Mapping[str, Any]],
     ) -> Frames:
         """Rows as dictionaries to typed frames; None and NaN are missing.
 

@@ -13,6 +13,7 @@ from bench.report.statistics import LEVEL
 if TYPE_CHECKING:
     from rich.table import Table
 
+FILES = "Exact values: [leaderboard.csv](leaderboard.csv); all runs, scores and curves: `runs`, `scores`, `history`."
 NOTE_LENGTH = 60  # characters of a reason in the ranking; the whole line stands under "Runs without a result"
 
 
@@ -23,11 +24,15 @@ def page(board: Board, plots: dict[str, str]) -> str:
         facts = wording.conditions(board)
         parts.append("\n".join(f"- **{heading}** {escape(text)}" for heading, text in facts.items()))
         parts += [f"> **Note.** {escape(line)}" for line in wording.warnings(board)]
-        parts += ["## Ranking", table(*ranking(board), left={1, 3, 7}), _legend(board)]
+        parts += ["## Ranking", table(*ranking(board), left={1, 3, 7}), FILES]
     else:
         parts.append("No run of this board counts: all of them are set aside, see below.")
     if segments := slice_table(board, "segment"):
-        parts += [f"## {board.metric.capitalize()} by length × pairs", "Test, mean over seeds.", table(*segments, left={0})]
+        parts += [
+            f"## {board.metric.capitalize()} by length × pairs",
+            "Test, mean over seeds.",
+            table(*segments, left={0}),
+        ]
     if len(board.costs):
         parts += ["## Cost", table(*costs(board), left={0, 7})]
     if lines := wording.failures(board):
@@ -39,24 +44,33 @@ def page(board: Board, plots: dict[str, str]) -> str:
     if plots:
         parts += ["## Plots", *(f"![{text}]({name})" for name, text in plots.items())]
     if len(board.runs):
-        parts += ["## What the columns are", "\n".join(f"- **{name}**: {text}" for name, text in columns(board).items())]
+        parts += [
+            "## What the columns are",
+            "\n".join(f"- **{name}**: {text}" for name, text in columns(board).items()),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
 def ranking(board: Board) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the ranking; the chance line stands under the ranked rows."""
     header = ["rank", "attention", f"test {board.metric}", "every seed", "solved", "valid", "learning rate", "note"]
-    fraction = board.unit == "fraction"
+    fraction = board.fraction
     rows = board.table.to_dict("records")
     lines = [_line(board, row, fraction) for row in rows]
-    if not wording.missing(board.chance):
+    if not wording.missing(board.measure.chance):
         blank = [wording.NOTHING] * 4
-        chance = [wording.NOTHING, "(chance)", wording.number(board.chance, fraction), *blank, "floor: guessing"]
+        chance = [
+            wording.NOTHING,
+            "(chance)",
+            wording.number(board.measure.chance, fraction),
+            *blank,
+            "floor: guessing",
+        ]
         lines.insert(len(board.ranked), chance)
     return header, lines
 
 
-def _line(board: Board, row: dict[str, Any], fraction: bool) -> list[str]:
+def _line(board: Board, row: Any, fraction: bool) -> list[str]:
     note = wording.note(row)
     return [
         wording.rank(row),
@@ -71,7 +85,7 @@ def _line(board: Board, row: dict[str, Any], fraction: bool) -> list[str]:
 
 
 def costs(board: Board) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the cost table, ranked, a line per mechanism and device; the device last, where there are several."""
+    """Header and rows of the cost table, a line per mechanism and device; the device last, where they differ."""
     lengths = board.costs["state_length"].dropna().unique()
     at = f" at {lengths[0]:g} tokens" if len(lengths) == 1 else ""
     header = ["attention", "parameters", f"state{at}", "steps", "tokens/s", "decode ms/token", "peak memory", "device"]
@@ -101,7 +115,7 @@ def slice_table(board: Board, key: str) -> tuple[list[str], list[list[str]]] | N
         return None
     names = sorted(part["slice_value"].unique(), key=slice_order)
     value = part.set_index(["attention", "slice_value"])["mean"].to_dict()
-    fraction = board.unit == "fraction"
+    fraction = board.fraction
     lines = [[a, *(wording.number(value.get((a, name)), fraction) for name in names)] for a in board.ranked]
     return ["attention", *(name.replace("x", "×") for name in names)], lines
 
@@ -109,32 +123,35 @@ def slice_table(board: Board, key: str) -> tuple[list[str], list[list[str]]] | N
 def columns(board: Board) -> dict[str, str]:
     """What each column is, for the foot of the page."""
     level = f"{LEVEL:.0%}".replace("%", " %")
+    if board.measure.solvable:
+        threshold = f"{board.measure.solved:g}"
+        solved = (
+            f"share of all seeds with {board.metric} of at least {threshold}, with the Wilson interval at {level}; "
+            "a failed seed has not solved it."
+        )
+        below = f", and valid is below {threshold}"
+    else:
+        solved, below = "not defined for this metric.", ""
     return {
-        "rank": f"every rank that the seeds leave possible for this row at {level} (Welch's test against each other row, "
-        "Holm's correction over them). Overlapping ranks are ties: the seeds cannot tell. A row with failed seeds is never "
-        "ranked above another.",
-        f"test {board.metric}": f"mean over seeds at the chosen learning rate, with the Student-t interval at {level}; of "
-        "seeds that succeeded. Equal values give an interval of no width: the spread was not seen, which is not to say "
+        "rank": f"every rank that the seeds leave possible for this row at {level} (Welch's test against each other "
+        "row, Holm's correction over them). Overlapping ranks are ties: the seeds cannot tell. A row with failed seeds "
+        "is never ranked above another.",
+        f"test {board.metric}": "mean over the seeds that succeeded, at the chosen learning rate, with the Student-t "
+        f"interval at {level}. Equal values give an interval without width: no spread was seen, which is not to say "
         "that there is none.",
         "every seed": "in the order of the seeds; a failed one by its status.",
-        "solved": f"share of all seeds with {board.metric} of at least {board.solved:g}, failed ones included as not solved, "
-        f"with the Wilson interval at {level}."
-        if board.bounded
-        else "not defined for this metric.",
+        "solved": solved,
         "valid": "mean over seeds on the validation split.",
-        "learning rate": "chosen by `valid` alone; a rate with failed seeds ranks below one without. ▲ / ▼: the largest / "
-        "smallest of the grid" + (f", and valid is below {board.solved:g}." if board.bounded else "."),
+        "learning rate": "chosen by `valid` alone; a rate with failed seeds ranks below one without. "
+        f"▲ / ▼: the largest / smallest of the grid{below}.",
         "parameters": "trainable, embeddings included.",
-        "state": "measured bytes that decoding one sequence carries after the given tokens, all layers; 1 kB = 1000 bytes.",
-        "steps": "median until training ended; it ends early when the task is solved on valid.",
+        "state": "measured bytes that decoding one sequence carries after the given tokens, all layers; 1 kB is 1000 "
+        "bytes.",
+        "steps": "median until training ended, which is early when the task is solved on valid.",
         "tokens/s": "training tokens per second, evaluation excluded, median over seeds.",
-        "decode ms/token": "at batch 1, median.",
+        "decode ms/token": "at batch 1, median over seeds.",
         "peak memory": "maximum over seeds; on a CPU that of the whole process.",
     }
-
-
-def _legend(board: Board) -> str:
-    return "Exact values: [leaderboard.csv](leaderboard.csv); all runs, scores and curves: `runs`, `scores`, `history`."
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) -> str:
@@ -143,7 +160,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) 
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        padded = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        padded = (
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         return f"| {' | '.join(padded)} |"
 
     rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -164,7 +184,9 @@ def terminal(board: Board) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=Text(wording.title(board)), title_justify="left", box=None, pad_edge=False, caption_justify="left")
+    shown = Table(
+        title=Text(wording.title(board)), title_justify="left", box=None, pad_edge=False, caption_justify="left"
+    )
     lines = {row[0]: row for row in costs(board)[1]} if board.costs["device"].nunique() < 2 else {}
     header, rows = ranking(board)
     for i, name in enumerate([*header[:-1], "state", "tokens/s", "ms/token", header[-1]]):

@@ -16,7 +16,9 @@ from bench.report.leaderboard import FLOOR, Board, slice_order
 
 def by_segment(board: Board) -> Figure | None:
     """Heat map: mechanisms × (length, pairs)."""
-    return _heat(board, {"segment": "length × pairs"}, f"{board.metric.capitalize()} on test by length and number of pairs")
+    return _heat(
+        board, {"segment": "length × pairs"}, f"{board.metric.capitalize()} on test by length and number of pairs"
+    )
 
 
 def by_distance_and_order(board: Board) -> Figure | None:
@@ -27,26 +29,30 @@ def by_distance_and_order(board: Board) -> Figure | None:
 
 def _heat(board: Board, kinds: dict[str, str], title: str) -> Figure | None:
     slices, names = board.slices, board.ranked
-    groups = {key: sorted(slices.loc[slices["slice_key"] == key, "slice_value"].unique(), key=slice_order) for key in kinds}
+    groups = {
+        key: sorted(slices.loc[slices["slice_key"] == key, "slice_value"].unique(), key=slice_order) for key in kinds
+    }
     groups = {key: values for key, values in groups.items() if values}
     if not groups or not names:
         return None
-    fraction = board.unit == "fraction"
+    fraction = board.fraction
     value = slices.set_index(["attention", "slice_key", "slice_value"])["mean"].to_dict()
     whole = board.table.set_index("attention")["test_mean"].to_dict()
     shown = [value[a, key, v] for key, values in groups.items() for a in names for v in values if (a, key, v) in value]
     norm = Normalize(0, 1) if fraction else Normalize(min(shown), max(shown))
-    widths = [len(values) + 1.4 for values in groups.values()]
+    starts = [1.4 if i == 0 else 0.0 for i in range(len(groups))]  # the column "all" stands once, with a gap behind it
+    widths = [len(values) + start for values, start in zip(groups.values(), starts, strict=True)]
     figure = f.new(2.2 + 0.44 * sum(widths), 1.5 + 0.24 * len(names), board, f"{title}, mean over seeds")
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False, width_ratios=widths)[0]
-    for ax, (key, values) in zip(axes, groups.items(), strict=True):
-        columns = [("all", [whole[a] for a in names], 0.0)]
-        columns += [(v, [value.get((a, key, v), np.nan) for a in names], 1.4 + i) for i, v in enumerate(values)]
+    for ax, start, (key, values) in zip(axes, starts, groups.items(), strict=True):
+        columns = [("all", [whole[a] for a in names], 0.0)] if start else []
+        columns += [(v, [value.get((a, key, v), np.nan) for a in names], start + i) for i, v in enumerate(values)]
         for _, numbers, left in columns:
-            _column(ax, np.array(numbers, dtype=float), left, norm, fraction)
+            _column(ax, np.array(numbers, dtype=float), left, norm, board)
         ax.set(xlim=(0, columns[-1][2] + 1), ylim=(len(names), 0), xlabel=kinds[key])
         labels = [label.replace("x", "×") for label, _, _ in columns]
-        ax.set_xticks([left + 0.5 for _, _, left in columns], labels, rotation=45 if max(map(len, labels)) > 4 else 0)
+        slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, labels)) > 4 else {}
+        ax.set_xticks([left + 0.5 for _, _, left in columns], labels, **slanted)
         ax.set_yticks(np.arange(len(names)) + 0.5, [f.shorten(name) for name in names])
         ax.tick_params(length=0)
         ax.grid(visible=False)
@@ -54,14 +60,17 @@ def _heat(board: Board, kinds: dict[str, str], title: str) -> Figure | None:
     return figure
 
 
-def _column(ax: Axes, numbers: np.ndarray, left: float, norm: Normalize, fraction: bool) -> None:
-    """One column of a heat map, every cell with its number; colours of cividis, for all kinds of colour vision."""
+def _column(ax: Axes, numbers: np.ndarray, left: float, norm: Normalize, board: Board) -> None:
+    """One column of a heat map, numbers in the cells; cividis is for all kinds of colour vision, bright is better."""
     edges = np.arange(len(numbers) + 1)
-    ax.pcolormesh([left, left + 1], edges, numbers[:, None], cmap="cividis", norm=norm, edgecolors="white", linewidth=0.8)
+    colours = "cividis" if board.measure.higher_is_better else "cividis_r"
+    ax.pcolormesh([left, left + 1], edges, numbers[:, None], cmap=colours, norm=norm, edgecolors="white", linewidth=0.8)
     for row, number in enumerate(numbers):
-        text = "–" if np.isnan(number) else f"{number:.2f}" if fraction else f"{number:.3g}"
-        dark = np.isnan(number) or norm(number) > 0.55
-        ax.text(left + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5, color="black" if dark else "white")
+        text = "–" if np.isnan(number) else f"{number:.2f}" if board.fraction else f"{number:.3g}"
+        bright = np.isnan(number) or (norm(number) > 0.55 if board.measure.higher_is_better else norm(number) < 0.45)
+        ax.text(
+            left + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5, color="black" if bright else "white"
+        )
 
 
 def against_state(board: Board) -> Figure | None:
@@ -75,12 +84,13 @@ def against_state(board: Board) -> Figure | None:
     positive = [row["state_bytes"] for row in drawn if row["state_bytes"] > 0] or [1.0]
     nothing = min(positive) / 4  # where a mechanism without state stands: a logarithm has no zero
     look = f.looks(board)
-    labels = []
+    labels, bars = [], []
     for row in drawn:
         x, y = row["state_bytes"] or nothing, row["test_mean"]
         colour, marker = look[row["attention"]]
         if not wording.missing(row["test_low"]):
-            ax.plot([x, x], [row["test_low"], row["test_high"]], color=colour, lw=0.9, alpha=0.7)
+            bars.append((x, row["test_low"], row["test_high"]))
+            ax.plot([x, x], bars[-1][1:], color=colour, lw=0.9, alpha=0.7)
         ax.plot([x], [y], marker, color=colour, ms=5)
         labels.append((x, y, f.shorten(row["attention"]), colour))
     xs = [label[0] for label in labels]
@@ -93,15 +103,21 @@ def against_state(board: Board) -> Figure | None:
     f.value_axis(ax, board)
     lengths = {f"{row['state_length']:g}" for row in drawn if not wording.missing(row["state_length"])}
     after = f" after {lengths.pop()} tokens" if len(lengths) == 1 else ""
-    ax.set(xlabel=f"measured state of one sequence{after}, all layers (bytes, log scale)", ylabel=f"test {wording.metric(board)}")
+    ax.set(
+        xlabel=f"measured state of one sequence{after}, all layers (bytes, log scale)",
+        ylabel=f"test {wording.metric(board)}",
+    )
     _floors(ax, board, rows)
-    f.label_points(ax, labels)
+    f.label_points(ax, labels, bars)
     return figure
 
 
 def _floors(ax: Axes, board: Board, rows: Sequence[dict]) -> None:
     """Lines for guessing and for the network without attention; one line when they coincide on paper."""
-    floors = {"chance": board.chance, **{f"{FLOOR} (no attention)": r["test_mean"] for r in rows if r["attention"] == FLOOR}}
+    floors = {
+        "chance": board.measure.chance,
+        **{f"{FLOOR} (no attention)": r["test_mean"] for r in rows if r["attention"] == FLOOR},
+    }
     floors = {name: value for name, value in floors.items() if not wording.missing(value)}
     low, high = ax.get_ylim()
     if len(floors) == 2 and abs(floors["chance"] - floors[f"{FLOOR} (no attention)"]) < 0.03 * (high - low):
@@ -114,7 +130,9 @@ def _floors(ax: Axes, board: Board, rows: Sequence[dict]) -> None:
 
 def valid_curves(board: Board) -> Figure | None:
     """Primary metric on valid by step, at the chosen learning rate."""
-    return _curves(board, "valid_metric", f"valid {board.metric}", f"{board.metric.capitalize()} on valid during training")
+    return _curves(
+        board, "valid_metric", f"valid {board.metric}", f"{board.metric.capitalize()} on valid during training"
+    )
 
 
 def loss_curves(board: Board) -> Figure | None:
@@ -128,7 +146,9 @@ def _curves(board: Board, column: str, label: str, title: str) -> Figure | None:
     names = [name for name in board.ranked if name in set(history["attention"])]
     if not names:
         return None
-    figure, axes = f.panels(board, f"{title}; mean (thick), each seed (thin), other mechanisms (grey)", names, "step", label)
+    figure, axes = f.panels(
+        board, f"{title}; mean (thick), each seed (thin), other mechanisms (grey)", names, "step", label
+    )
     seeds: dict[str, list] = {
         name: [(bool(run["good"].iloc[0]), run["step"].to_numpy(float), run[column].to_numpy(float)) for _, run in
                history[history["attention"] == name].groupby("seed")]
@@ -153,7 +173,7 @@ def _curves(board: Board, column: str, label: str, title: str) -> Figure | None:
 
 
 def _mean_curve(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds as long as all of them train: a mean over the slow ones alone would fall when one has solved it."""
+    """Mean over seeds while all of them train: the mean of the slow ones alone would fall when one has solved it."""
     if not runs:
         return np.array([]), np.array([])
     steps = sorted(set.intersection(*(set(x) for x, _ in runs)))
@@ -168,7 +188,9 @@ def learning_rates(board: Board) -> Figure | None:
     grid = sorted(runs["learning_rate"].unique())
     if not names or len(grid) < 2:
         return None
-    title = f"{board.metric.capitalize()} on valid by learning rate; mean (line), seeds (dots), chosen (ring), failed (×)"
+    title = (
+        f"{board.metric.capitalize()} on valid by learning rate; mean (line), seeds (dots), chosen (ring), failed (×)"
+    )
     figure, axes = f.panels(board, title, names, "learning rate (log scale)", f"valid {board.metric}")
     good = runs[runs["good"]]
     means = {name: good[good["attention"] == name].groupby("learning_rate")["valid"].mean() for name in names}
@@ -180,8 +202,17 @@ def learning_rates(board: Board) -> Figure | None:
         own, failed = good[good["attention"] == name], runs[(runs["attention"] == name) & ~runs["good"]]
         ax.plot(means[name].index, means[name], color=look[name][0], lw=1.6)
         ax.plot(own["learning_rate"], own["valid"], ".", color=look[name][0], ms=4, alpha=0.8)
-        ax.plot([rates[name]], [means[name][rates[name]]], "o", mfc="none", mec=look[name][0], ms=10, mew=1.2)
-        ax.plot(failed["learning_rate"], [0.03] * len(failed), "x", color="#B00020", ms=5, transform=ax.get_xaxis_transform())
+        ax.plot(
+            [rates[name]], [means[name][rates[name]]], "o", mfc="none", mec=look[name][0], ms=10, mew=1.2, clip_on=False
+        )
+        ax.plot(
+            failed["learning_rate"],
+            [0.03] * len(failed),
+            "x",
+            color="#B00020",
+            ms=5,
+            transform=ax.get_xaxis_transform(),
+        )
     f.log_axis(axes[0].xaxis, lambda value: f"{value:g}", grid[:: 1 + (len(grid) - 1) // 4])
     axes[0].set_xlim(grid[0] / 1.4, grid[-1] * 1.4)
     f.value_axis(axes[0], board)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from bench.report.leaderboard import FLOOR, Board, reasons
+from bench.report import rows
+from bench.report.leaderboard import FLOOR, Board
 
 NOTHING = "–"
 EDGES = {"smallest": "▼", "largest": "▲"}
@@ -46,18 +47,19 @@ def rank(row: dict[str, Any]) -> str:
 
 def score(board: Board, row: dict[str, Any]) -> str:
     """Mean with interval, or the statuses when there is no mean."""
-    fraction = board.unit == "fraction"
+    fraction = board.fraction
     if missing(row["test_mean"]):
         return str(row["status"])
     if missing(row["test_low"]):
         return f"{number(row['test_mean'], fraction)} (one seed)"
-    return f"{number(row['test_mean'], fraction)} [{number(row['test_low'], fraction)}, {number(row['test_high'], fraction)}]"
+    mean, low, high = (number(row[f"test_{part}"], fraction) for part in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def every_seed(board: Board, row: dict[str, Any]) -> str:
     """Each seed's value in the order of the seeds, a failed one by its status."""
     values = str(row["seed_values"]).split()
-    fraction = board.unit == "fraction"
+    fraction = board.fraction
     return " ".join(number(float(v), fraction) if _is_number(v) else v for v in values) or NOTHING
 
 
@@ -85,8 +87,9 @@ def note(row: dict[str, Any]) -> str:
 
 def metric(board: Board) -> str:
     """'accuracy (fraction, higher is better)'."""
-    direction = "higher" if board.higher_is_better else "lower"
-    return f"{board.metric} ({board.unit}, {direction} is better)" if board.unit else board.metric
+    direction = "higher" if board.measure.higher_is_better else "lower"
+    unit = board.measure.unit
+    return f"{board.metric} ({unit}, {direction} is better)" if unit else board.metric
 
 
 def title(board: Board) -> str:
@@ -103,14 +106,16 @@ def conditions(board: Board) -> dict[str, str]:
     days = sorted(runs["started_at"].dropna().str.slice(0, 10))
     when = "" if not days else f"; run on {days[0]}" if days[0] == days[-1] else f"; run from {days[0]} to {days[-1]}"
     grid = ", ".join(f"{value:g}" for value in sorted(runs["learning_rate"].unique()))
-    commits = runs["git_commit"].fillna("unknown").str.slice(0, 10) + runs["git_dirty"].map({True: " with changes"}).fillna("")
+    commits = runs["git_commit"].fillna("unknown").str.slice(0, 10) + runs["git_dirty"].map(
+        {True: " with changes"}
+    ).fillna("")
     return {
         "Task": f"{several(runs['task_id'])}, version {several(runs['task_version'])}; {metric(board)}; "
-        f"chance {number(board.chance, board.unit == 'fraction')}",
+        f"chance {number(board.measure.chance, board.fraction)}",
         "Budget": f"{key.budget}: at most {several(runs['max_steps'].map(lambda steps: f'{steps:g}'))} steps, "
         f"learning rates {grid}",
-        "Runs": f"{mechanisms} mechanisms × {rates} learning rates × {seeds} seeds = {planned} planned: {status['ok']} ok, "
-        f"{failed} failed, {status['unsupported']} unsupported, {planned - len(runs)} missing{when}",
+        "Runs": f"{mechanisms} mechanisms × {rates} learning rates × {seeds} seeds = {planned} planned: "
+        f"{status['ok']} ok, {failed} failed, {status['unsupported']} unsupported, {planned - len(runs)} missing{when}",
         "Machine": f"{several(ran['device'])}; {several(runs['dtype'])}; torch {several(runs['torch'])}; "
         f"Python {several(runs['python'])}; commit {several(commits)}",
     }
@@ -127,26 +132,36 @@ def several(values: Any) -> str:
 def caption(board: Board) -> str:
     """The conditions in one or two short lines, for plots."""
     facts = conditions(board)
-    return f"{facts['Task'].split(';')[0]} · backbone {board.key.backbone} · budget {facts['Budget']}\n{facts['Machine']}"
+    return (
+        f"{facts['Task'].split(';')[0]} · backbone {board.key.backbone} · budget {facts['Budget']}\n{facts['Machine']}"
+    )
 
 
 def warnings(board: Board) -> list[str]:
     """What a reader must know before comparing two rows, one line each."""
     lines = []
-    rows = board.table[board.table["rank_best"].notna()].to_dict("records")
+    ranked = board.table[board.table["rank_best"].notna()].to_dict("records")
     mechanisms, rates, seeds = board.grid
     if len(board.runs) < mechanisms * rates * seeds:
-        lines.append(f"{mechanisms * rates * seeds - len(board.runs)} runs of the grid are missing; ranks are provisional.")
-    few = [f"{row['attention']} ({row['seeds_run']})" for row in rows if row["seeds_run"] < seeds]
+        lines.append(
+            f"{mechanisms * rates * seeds - len(board.runs)} runs of the grid are missing; ranks are provisional."
+        )
+    few = [f"{row['attention']} ({row['seeds_run']})" for row in ranked if row["seeds_run"] < seeds]
     if few:
         lines.append(f"Fewer than {seeds} seeds at the chosen learning rate: {', '.join(few)}.")
-    alone = [row["attention"] for row in rows if row["seeds_ok"] == 1]
+    alone = [row["attention"] for row in ranked if row["seeds_ok"] == 1]
     if alone:
         lines.append(f"One seed has no interval and ties with every row: {', '.join(alone)}.")
-    hurt = [f"{row['attention']} ({row['seeds_ok']} of {row['seeds_run']}, {row['status']})" for row in rows if row["status"] != "ok"]
+    hurt = [
+        f"{row['attention']} ({row['seeds_ok']} of {row['seeds_run']}, {row['status']})"
+        for row in ranked
+        if row["status"] != "ok"
+    ]
     if hurt:
         lines.append(f"Seeds failed, and the mean of the others flatters: {', '.join(hurt)}.")
-    edges = [f"{row['attention']} ({row['learning_rate']:g}, {row['edge']})" for row in rows if not missing(row["edge"])]
+    edges = [
+        f"{row['attention']} ({row['learning_rate']:g}, {row['edge']})" for row in ranked if not missing(row["edge"])
+    ]
     if edges:
         lines.append(f"Best learning rate at the edge of the grid, a wider one may do better: {', '.join(edges)}.")
     if board.costs["device"].nunique() > 1:
@@ -160,11 +175,9 @@ def failures(board: Board) -> list[list[str]]:
     for (attention, status), runs in board.runs[~board.runs["good"]].groupby(["attention", "status"]):
         rates = " ".join(f"{value:g}" for value in sorted(runs["learning_rate"].unique()))
         seeds = " ".join(str(value) for value in sorted(runs["seed"].unique()))
-        lines.append([attention, status, str(len(runs)), rates, seeds, Counter(reasons(runs)).most_common(1)[0][0]])
+        lines.append([str(attention), str(status), str(len(runs)), rates, seeds, rows.common_reason(runs)])
     return lines
 
 
 def _is_number(text: str) -> bool:
     return text[:1].isdigit() or text[:1] in "-."
-
-

@@ -1,5 +1,6 @@
 """Hybrids choose by layer, and the YAML rows nest factories that build."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from attentions.base import LayerSpec
+from attentions.base import Attention, LayerSpec
 from attentions.dense.softmax import Softmax
 from attentions.hybrid import hybrid
 from attentions.linear.based import Based
@@ -22,7 +23,11 @@ def spec(layer):
 
 
 def test_layers_take_turns():
-    layers = [partial(ShortConv, kernel_size=3), Softmax, partial(SlidingWindow, window=5)]
+    layers: list[Callable[[LayerSpec], Attention]] = [
+        partial(ShortConv, kernel_size=3),
+        Softmax,
+        partial(SlidingWindow, window=5),
+    ]
     stack = [hybrid(spec(layer), layers=layers) for layer in range(7)]
     assert [type(layer) for layer in stack] == [ShortConv, Softmax, SlidingWindow] * 2 + [ShortConv]
     assert stack[2].window == 5 and stack[4].spec.layer == 4

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from attentions.linear.based import Based
 
@@ -20,7 +21,7 @@ def naive(layer, x, source, causal, key_mask=None):
             for h in range(H):
                 g = h * layer.spec.kv_heads // H
                 q = layer.q_proj.weight[h * f : (h + 1) * f] @ x[b, i]
-                total, norm = 0.0, 0.0
+                total, norm = torch.zeros(width, dtype=x.dtype), torch.zeros((), dtype=x.dtype)
                 for j in range(i + 1 if causal else source.shape[1]):
                     if key_mask is not None and not key_mask[b, j]:
                         continue
@@ -73,12 +74,11 @@ def test_cross_attention_reads_the_whole_context(causal, make_layer, agree):
 
 def test_small_scores_approach_softmax_attention(make_layer):
     layer = make_layer(Based, feature_dim=5)
-    q, k, v = (0.03 * torch.randn(B, 37, H, 5), 0.03 * torch.randn(B, 37, H, 5), torch.randn(B, 37, H, 10))
-    softmax = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2).double() for x in (q, k, v)), is_causal=True
-    ).transpose(1, 2)
+    q, k = 0.03 * torch.randn(2, B, 37, H, 5, dtype=torch.float64)
+    v = torch.randn(B, 37, H, 10, dtype=torch.float64)
+    heads = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
     # |s| < 0.01, and the series errs by s^3 / 6
-    torch.testing.assert_close(layer.attend(q.double(), k.double(), v.double()), softmax, rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.attend(q, k, v), heads.transpose(1, 2), rtol=0, atol=1e-6)
 
 
 def test_the_state_is_the_packed_features_times_values_and_normaliser(make_layer):

@@ -35,7 +35,7 @@ def naive(layer, x, key_mask=None):
                 k = mixed[start_k + g * key_dim : start_k + (g + 1) * key_dim]
                 v = mixed[start_v + g * value_dim : start_v + (g + 1) * value_dim]
                 q, k = (y / (y.square().sum() + 1e-6).sqrt() for y in (q, k))
-                alpha = 1.0
+                alpha = torch.ones((), dtype=x.dtype)
                 if gated:
                     step = torch.log1p(torch.exp(layer.decay_proj.weight[g] @ x[b, t] + layer.dt_bias[g]))
                     alpha = torch.exp(-torch.exp(layer.A_log[g]) * step)

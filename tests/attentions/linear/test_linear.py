@@ -21,7 +21,7 @@ def naive(layer, x, source, causal, key_mask=None):
                 g = h * layer.spec.kv_heads // H
                 rows_k = slice(g * width, (g + 1) * width)
                 phi_q = F.elu(layer.q_proj.weight[rows_q] @ x[b, i]) + 1
-                total, norm = 0.0, 0.0
+                total, norm = torch.zeros(width, dtype=x.dtype), torch.zeros((), dtype=x.dtype)
                 for j in range(i + 1 if causal else source.shape[1]):
                     if key_mask is not None and not key_mask[b, j]:
                         continue

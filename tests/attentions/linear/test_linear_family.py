@@ -81,16 +81,16 @@ def test_bfloat16_layers_and_autocast_stay_near_float64(member):
     layer, x = make(member), stream()
     want = layer(x).detach()
     # bf16 keeps 8 bits: 2^-8 per operation, a handful in a row
-    tolerance = {"rtol": 0.05, "atol": 0.05 * float(want.abs().max())}
+    largest = float(want.abs().max())
     low = make(member, torch.bfloat16)
     got, state = low.prefill(stream(dtype=torch.bfloat16))
     assert got.dtype == torch.bfloat16 and state.memory.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, **tolerance)
+    torch.testing.assert_close(got.double(), want, rtol=0.05, atol=0.05 * largest)
     single = make(member, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = single(stream(dtype=torch.float32))
         mixed.float().sum().backward()
-    torch.testing.assert_close(mixed.double(), want, **tolerance)
+    torch.testing.assert_close(mixed.double(), want, rtol=0.05, atol=0.05 * largest)
     assert all(parameter.grad.isfinite().all() for parameter in single.parameters())
 
 

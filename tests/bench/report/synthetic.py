@@ -1,4 +1,4 @@
-"""Frames as the store would hand them over: twelve mechanisms, three learning rates, three seeds, and things that go wrong."""
+"""Frames as the store would hand them over: twelve mechanisms, three rates, three seeds, and things that go wrong."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def frames(
     Args:
         trouble: gla diverges at the largest rate, hybrid loses a seed everywhere, nystrom cannot run at all,
             hyena only fails, linear has stale runs of an older source.
-        fail: mechanisms whose runs all end in nan.
+        fail: mechanisms whose runs all diverge.
         changes: columns of every run.
     """
     runs, scores, history = [], [], []
@@ -57,9 +57,9 @@ def frames(
         for rate in rates:
             for seed in seeds:
                 status, reason = "ok", ""
-                if name in fail or (trouble and name == "gla" and rate == max(rates)):
+                if trouble and name == "gla" and rate == max(rates):
                     status, reason = "nan", "loss is nan at step 37"
-                elif trouble and name == "hybrid" and seed == seeds[-1]:
+                elif name in fail or (trouble and name == "hybrid" and seed == seeds[-1]):
                     status, reason = "diverged", "mean loss 61.2 by step 150, 5.53 at the first"
                 row = run(name, rate, seed, status, reason, **changes)
                 runs.append(row)
@@ -96,13 +96,21 @@ def accuracy(easy: float, fall: float, hardness: float) -> float:
 def score_rows(run_id: str, easy: float, fall: float, seed: int) -> list[dict]:
     rows = []
     for split, segments in (("valid", SEGMENTS[:5]), ("test", SEGMENTS)):
-        cells = {(length, pairs): accuracy(easy, fall, min(1, pairs * length / 4096) ** 0.5) for length, pairs in segments}
+        cells = {
+            (length, pairs): accuracy(easy, fall, min(1, pairs * length / 4096) ** 0.5) for length, pairs in segments
+        }
         mean = float(np.mean(list(cells.values())))
 
         def row(value, key="all", where="", split=split, metric="accuracy"):
-            return dict(
-                run_id=run_id, split=split, metric=metric, value=value, count=400, slice_key=key, slice_value=where
-            )
+            return {
+                "run_id": run_id,
+                "split": split,
+                "metric": metric,
+                "value": value,
+                "count": 400,
+                "slice_key": key,
+                "slice_value": where,
+            }
 
         rows += [row(mean), row(-math.log(max(mean, 1e-3)), metric="loss")]
         rows += [row(value, "segment", f"{length}x{pairs}") for (length, pairs), value in cells.items()]
@@ -119,15 +127,15 @@ def curve(run_id: str, name: str, rate: float, seed: int, status: str) -> list[d
         value = max(0.0078, target / (1 + math.exp(-(step - 220) / 40)))
         loss = 5.5 * (1 - value) + 0.01
         rows.append(
-            dict(
-                run_id=run_id,
-                step=step,
-                train_loss=loss,
-                valid_loss=loss * 1.05,
-                valid_metric=value,
-                learning_rate=rate * (1 - step / 500),
-                seconds=step * 0.021,
-            )
+            {
+                "run_id": run_id,
+                "step": step,
+                "train_loss": loss,
+                "valid_loss": loss * 1.05,
+                "valid_metric": value,
+                "learning_rate": rate * (1 - step / 500),
+                "seconds": step * 0.021,
+            }
         )
         if name in ("softmax", "based_hybrid") and value > 0.995:
             break
@@ -139,44 +147,46 @@ def run(name: str, rate: float, seed: int, status: str, reason: str, **changes: 
     ok = status == "ok"
     state = MECHANISMS.get(name, (0, 0, 4096))[2]
     speed = 90_000 + 7_000 * len(name) + 100 * seed
-    row = dict(
-        run_id=digest(name, rate, seed, cell, changes.get("task"), changes.get("budget"), changes.get("conditions_id")),
-        attempt=1,
-        config_id=digest(name, rate, seed),
-        cell_id=digest(name, cell),
-        conditions_id="c0ffee",
-        stale=False,
-        status=status,
-        reason=reason,
-        task="mqar",
-        task_id="mqar/clean" if status != "oom" else None,
-        task_version=1,
-        backbone="conv_decoder",
-        attention=name,
-        budget="small",
-        seed=seed,
-        learning_rate=rate,
-        metric="accuracy" if status != "oom" else None,
-        metric_unit="fraction" if status != "oom" else None,
-        higher_is_better=True if status != "oom" else None,
-        chance=0.0078125 if status != "oom" else None,
-        num_parameters=120_000 + 16 * state // 64 if status not in ("oom", "unsupported") else None,
-        state_bytes=state if ok else None,
-        state_length=128 if ok else None,
-        steps=500 if ok else 150,
-        max_steps=500,
-        examples=32_000 if ok else None,
-        train_seconds=11.0 + seed if ok else None,
-        tokens_per_second=speed if ok else None,
-        peak_memory_bytes=412_000_000 + 1_000_000 * seed if ok else None,
-        decode_ms_per_token=0.41 + 0.01 * len(name) if ok else None,
-        device="AMD EPYC 7763",
-        dtype="float32",
-        torch="2.13.0+cpu",
-        python="3.11.7",
-        git_commit="3f2a9c1d5b7e8f60718293a4b5c6d7e8f9012345",
-        git_dirty=False,
-        started_at=f"2026-11-2{1 + seed}T1{seed}:00:00+00:00",
-        wall_seconds=14.0 + seed,
-    )
+    row = {
+        "run_id": digest(
+            name, rate, seed, cell, changes.get("task"), changes.get("budget"), changes.get("conditions_id")
+        ),
+        "attempt": 1,
+        "config_id": digest(name, rate, seed),
+        "cell_id": digest(name, cell),
+        "conditions_id": "c0ffee",
+        "stale": False,
+        "status": status,
+        "reason": reason,
+        "task": "mqar",
+        "task_id": "mqar/clean" if status != "oom" else None,
+        "task_version": 1,
+        "backbone": "conv_decoder",
+        "attention": name,
+        "budget": "small",
+        "seed": seed,
+        "learning_rate": rate,
+        "metric": "accuracy" if status != "oom" else None,
+        "metric_unit": "fraction" if status != "oom" else None,
+        "higher_is_better": True if status != "oom" else None,
+        "chance": 0.0078125 if status != "oom" else None,
+        "num_parameters": 120_000 + 16 * state // 64 if status not in ("oom", "unsupported") else None,
+        "state_bytes": state if ok else None,
+        "state_length": 128 if ok else None,
+        "steps": 500 if ok else 150,
+        "max_steps": 500,
+        "examples": 32_000 if ok else None,
+        "train_seconds": 11.0 + seed if ok else None,
+        "tokens_per_second": speed if ok else None,
+        "peak_memory_bytes": 412_000_000 + 1_000_000 * seed if ok else None,
+        "decode_ms_per_token": 0.41 + 0.01 * len(name) if ok else None,
+        "device": "AMD EPYC 7763",
+        "dtype": "float32",
+        "torch": "2.13.0+cpu",
+        "python": "3.11.7",
+        "git_commit": "3f2a9c1d5b7e8f60718293a4b5c6d7e8f9012345",
+        "git_dirty": False,
+        "started_at": f"2026-11-2{1 + seed}T1{seed}:00:00+00:00",
+        "wall_seconds": 14.0 + seed,
+    }
     return {**row, **{key: value for key, value in changes.items() if key != "cell_id"}}

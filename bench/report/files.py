@@ -1,0 +1,90 @@
+"""Tables as CSV and Parquet, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from bench.errors import UserError
+from bench.report.frames import SCHEMAS, Frames
+from bench.report.leaderboard import Board, slice_order
+from bench.report.plots import PLOTS
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a cell that begins with one of these
+OWN = [
+    "leaderboard.md",
+    "leaderboard.csv",
+    *PLOTS,
+    *(f"{name}.{kind}" for name in SCHEMAS for kind in ("csv", "parquet")),
+]
+
+
+def csv(table: pd.DataFrame, board: Board | None = None) -> bytes:
+    """A frame as CSV, text cells guarded against formulas; a board's gets a column for each segment.
+
+    Numbers are written in full, so reading them gives the same floats; a guarded cell begins with an apostrophe.
+    """
+    table = table.copy()
+    if board is not None:
+        part = board.slices[board.slices["slice_key"] == "segment"].set_index(["attention", "slice_value"])["mean"]
+        for name in sorted(part.index.unique("slice_value"), key=slice_order):
+            table[f"segment_{name}"] = table["attention"].map(part.xs(name, level="slice_value"))
+    for column in table.columns:
+        if not pd.api.types.is_numeric_dtype(table[column]):
+            table[column] = table[column].map(_guard, na_action="ignore")
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _guard(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+
+def tables(frames: Frames) -> dict[str, bytes]:
+    """`runs`, `scores` and `history` as CSV and as Parquet, the exact one."""
+    out = {}
+    for name in SCHEMAS:
+        frame = getattr(frames, name)
+        buffer = io.BytesIO()
+        frame.to_parquet(buffer, index=False)
+        out[f"{name}.csv"], out[f"{name}.parquet"] = csv(frame), buffer.getvalue()
+    return out
+
+
+def save(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files into a folder, each temp -> rename; what did not change is not touched, what is gone is removed.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            path = folder / name
+            if not (path.is_file() and path.read_bytes() == content):
+                _replace(path, content)
+        for name in set(OWN) - set(files):  # a plot that no longer has data must not stay beside the new page
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report to {folder}: {error.strerror or error}; type --results FOLDER with another folder"
+        ) from error
+    return [folder / name for name in files]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp's files are their owner's alone
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

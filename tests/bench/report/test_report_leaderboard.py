@@ -1,0 +1,192 @@
+"""Boards of synthetic frames: what is chosen, ranked, shown as failed and left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import MECHANISMS, RATES, frames, run, score_rows
+
+from bench.report.frames import Frames
+from bench.report.leaderboard import Key, boards, folder_names
+
+DEFAULTS = {"task": "mqar", "backbone": "conv_decoder", "attention": "softmax", "budget": "small"}
+
+
+@pytest.fixture(scope="module")
+def board():
+    (only,) = boards(frames())
+    return only
+
+
+def row(board, attention):
+    return board.table.set_index("attention").loc[attention]
+
+
+def joined(*several: Frames) -> Frames:
+    return Frames(*(pd.concat([getattr(f, name) for f in several]) for name in ("runs", "scores", "history")))
+
+
+def test_every_mechanism_has_exactly_one_row_and_the_failed_ones_stand_last(board):
+    assert sorted(board.table["attention"]) == sorted([*MECHANISMS, "nystrom", "hyena|long"])
+    assert board.table["attention"].tolist()[-2:] == ["hyena|long", "nystrom"]
+    assert board.table["rank_best"].isna().tolist() == [False] * 12 + [True] * 2
+    assert board.table["test_mean"].dropna().is_monotonic_decreasing
+
+
+def test_means_are_of_test_at_the_rate_that_is_best_on_valid():
+    data = frames(("softmax",), trouble=False)
+    whole = data.scores["slice_key"] == "all"
+    accuracy = data.scores["metric"] == "accuracy"
+    rate = data.scores["run_id"].map(data.runs.set_index("run_id")["learning_rate"])
+    # valid says 0.03, test would say 0.003
+    data.scores.loc[whole & accuracy & (data.scores["split"] == "valid"), "value"] = rate
+    data.scores.loc[whole & accuracy & (data.scores["split"] == "test"), "value"] = 0.5 - rate
+    (board,) = boards(data)
+    assert row(board, "softmax")["learning_rate"] == 0.03
+    assert row(board, "softmax")["test_mean"] == pytest.approx(0.47)
+    assert row(board, "softmax")["valid_mean"] == pytest.approx(0.03)
+
+
+def test_a_failed_seed_is_shown_counted_as_unsolved_and_never_ranked_above(board):
+    hybrid = row(board, "hybrid")
+    assert (hybrid["seeds_ok"], hybrid["seeds_run"]) == (2, 3)
+    assert hybrid["status"] == "diverged" and "61.2" in hybrid["reason"]
+    assert hybrid["seed_values"].split()[2] == "diverged"
+    assert hybrid["rank_worst"] == 12
+    data = frames(("softmax", "none"), trouble=False)
+    lost = (data.runs["attention"] == "softmax") & (data.runs["seed"] == 1)
+    data.runs.loc[lost, ["status", "reason"]] = ["timeout", "over 300 s"]
+    softmax = row(boards(data)[0], "softmax")
+    assert softmax["solve_rate"] == pytest.approx(2 / 3) and softmax["status"] == "timeout"
+
+
+def test_an_ok_run_without_scores_is_a_failure_with_a_reason():
+    data = frames(("softmax",), seeds=(0,), rates=(0.01,), trouble=False)
+    (board,) = boards(Frames(data.runs, data.scores.iloc[:0], data.history))
+    assert row(board, "softmax")["reason"] == "no score on valid or test"
+    assert board.ranked == []
+
+
+def test_failed_and_unsupported_rows_keep_their_words(board):
+    assert row(board, "nystrom")["status"] == "unsupported"
+    assert row(board, "nystrom")["reason"].startswith("Nystrom is not defined")
+    assert row(board, "hyena|long")["status"] == "oom"
+    mixed = frames(("gla",), fail=("gla",), trouble=False)
+    mixed.runs.loc[:1, "status"] = "oom"
+    assert row(boards(mixed)[0], "gla")["status"] == "diverged 7, oom 2"
+
+
+def test_edges_are_marked_below_the_ceiling_only(board):
+    assert row(board, "retention")["edge"] == "largest"
+    assert row(board, "based_hybrid")["learning_rate"] == max(RATES) and row(board, "based_hybrid")["valid_mean"] > 0.99
+    assert pd.isna(row(board, "based_hybrid")["edge"])
+    (strict,) = boards(frames(), solved=0.9999)
+    assert row(strict, "based_hybrid")["edge"] == "largest"
+
+
+def test_solve_rate_uses_the_threshold_that_is_passed_in(board):
+    assert row(board, "softmax")["solved"] == 3 and row(board, "gated_delta_net")["solved"] == 0
+    (lenient,) = boards(frames(), solved=0.5)
+    assert row(lenient, "gated_delta_net")["solve_rate"] == 1.0
+
+
+def test_stale_runs_are_listed_and_never_ranked(board):
+    assert board.set_aside.values.tolist() == [
+        ["linear", "stale: its code, its task or the training program has changed since", 9]
+    ]
+    assert not board.runs["stale"].any()
+    (old,) = boards(frames(stale=True))
+    assert old.ranked == [] and old.runs.empty and old.set_aside["runs"].sum() == 135
+
+
+def test_runs_under_other_conditions_are_not_pooled():
+    new = frames(("softmax", "based"), trouble=False)
+    old = frames(("softmax", "none"), trouble=False, conditions_id="before", started_at="2026-01-01T00:00:00+00:00")
+    (board,) = boards(joined(old, new))
+    assert board.ranked == ["softmax", "based"]
+    assert board.set_aside["why"].str.startswith("other conditions").all() and board.set_aside["runs"].sum() == 18
+
+
+def test_an_edited_mechanism_of_the_same_name_replaces_the_old_one():
+    old = frames(("based",), trouble=False, cell_id="old", started_at="2026-01-01T00:00:00+00:00")
+    new = frames(("based",), seeds=(0,), trouble=False)
+    (board,) = boards(joined(old, new))
+    assert row(board, "based")["seeds_run"] == 1
+    assert board.set_aside[["attention", "runs"]].values.tolist() == [["based", 9]]
+
+
+def test_times_of_two_devices_stay_apart():
+    one, other = frames(("based",), trouble=False), frames(("softmax",), trouble=False, device="NVIDIA H200")
+    mixed = joined(one, other)
+    mixed.runs.loc[(mixed.runs["attention"] == "based") & (mixed.runs["seed"] == 1), "device"] = "NVIDIA H200"
+    (board,) = boards(mixed)
+    assert board.costs[["attention", "device"]].values.tolist() == [
+        ["based", "AMD EPYC 7763"],
+        ["based", "NVIDIA H200"],
+        ["softmax", "NVIDIA H200"],
+    ]
+    assert pd.isna(row(board, "based")["tokens_per_second"]) and row(board, "based")["state_bytes"] == 67072
+    assert row(board, "softmax")["tokens_per_second"] == 139_100
+
+
+def test_slices_are_means_over_seeds_at_the_chosen_rate(board):
+    ids = board.runs.loc[board.runs["chosen"] & board.runs["good"] & (board.runs["attention"] == "hybrid"), "run_id"]
+    part = board.frames.scores.query("split == 'test' and slice_key == 'segment' and slice_value == '128x32'")
+    expected = part[part["run_id"].isin(ids)]["value"]
+    got = board.slices.query("attention == 'hybrid' and slice_key == 'segment' and slice_value == '128x32'").iloc[0]
+    assert got["seeds"] == 2 and got["mean"] == pytest.approx(np.mean(expected))
+
+
+def test_lower_is_better_ranks_upwards_and_solves_nothing():
+    (board,) = boards(frames(("softmax", "none"), trouble=False, metric_unit="nats", higher_is_better=False))
+    assert board.ranked == ["none", "softmax"]
+    assert board.table["solved"].isna().all()
+
+
+def test_boards_are_split_by_task_backbone_and_budget():
+    several = joined(frames(trouble=False), frames(("softmax",), trouble=False, budget="smoke"))
+    assert [b.key for b in boards(several)] == [("mqar", "conv_decoder", "small"), ("mqar", "conv_decoder", "smoke")]
+    assert [b.key.budget for b in boards(several, only=[("mqar", "conv_decoder", "smoke")])] == ["smoke"]
+
+
+def test_folders_leave_out_the_defaults_and_never_collide():
+    keys = [
+        Key("mqar", "conv_decoder", "small"),
+        Key("mqar", "decoder", "small"),
+        Key("mqar", "conv_decoder", "smoke"),
+        Key("mqar(vocab_size=64,x=[1,2])", "conv_decoder", "small"),
+        Key("../../etc", "conv_decoder", "small"),
+        Key("a" * 300, "conv_decoder", "small"),
+        Key("mqar-decoder", "conv_decoder", "small"),
+        Key("()", "conv_decoder", "small"),
+    ]
+    names = folder_names(keys, DEFAULTS)
+    assert names[keys[0]] == "mqar" and names[keys[2]] == "mqar-smoke"
+    assert names[keys[3]] == "mqar-vocab_size_64-x_-1-2"
+    assert len({name.casefold() for name in names.values()}) == len(keys)  # mqar + decoder against mqar-decoder
+    for name in names.values():
+        assert "/" not in name and not name.startswith(".") and 0 < len(name) < 120
+
+
+def test_a_row_with_a_wrong_column_is_refused():
+    good = run("softmax", 0.01, 0, "ok", "")
+    with pytest.raises(ValueError, match="colour"):
+        Frames.from_rows([{**good, "colour": "red"}], [], [])
+    del good["seed"]
+    with pytest.raises(ValueError, match="seed"):
+        Frames.from_rows([good], [], [])
+
+
+def test_frames_do_not_depend_on_the_order_of_records():
+    runs = [run("softmax", rate, seed, "ok", "") for rate in RATES for seed in (0, 1, 2)]
+    scores = [row for r in runs for row in score_rows(r["run_id"], 0.9, 0.1, 0)]
+    one, other = Frames.from_rows(runs, scores, []), Frames.from_rows(runs[::-1], scores[::-1], [])
+    pd.testing.assert_frame_equal(one.runs, other.runs)
+    pd.testing.assert_frame_equal(one.scores, other.scores)
+
+
+def test_missing_values_are_missing_and_types_are_kept_without_rows():
+    empty, failed = Frames.from_rows([], [], []), Frames.from_rows([run("x", 0.1, 0, "oom", "")], [], [])
+    assert failed.runs["metric"].isna().all() and failed.runs["state_bytes"].isna().all()
+    assert (empty.runs.dtypes == failed.runs.dtypes).all()
