@@ -79,14 +79,17 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
-            near = sorted((h for h in range(1, self.dim + 1) if self.dim % h == 0), key=lambda h: abs(h - self.num_heads))
+            near = sorted(
+                (h for h in range(1, self.dim + 1) if self.dim % h == 0), key=lambda h: abs(h - self.num_heads)
+            )
             raise ValueError(
                 f"num_heads must divide dim, got dim={self.dim} and num_heads={self.num_heads}; "
                 f"nearest: {', '.join(map(str, sorted(near[:2])))}"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(
-                f"num_kv_heads must divide num_heads, got num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}"
+                f"num_kv_heads must divide num_heads, got num_heads={self.num_heads} "
+                f"and num_kv_heads={self.num_kv_heads}"
             )
 
     @property
@@ -175,7 +178,9 @@ class Attention(nn.Module, ABC):
         """One position: x [B, 1, M] -> ([B, 1, M], next state). Never changes `state` in place."""
         raise UnsupportedPattern(f"{type(self).__name__} has no decode state")
 
-    def prefill(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def prefill(
+        self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """All positions of a prompt [B, T, M] and the state after them; the step loop unless overridden.
 
         `key_mask` is that of the context; a prompt itself is not masked.
@@ -205,7 +210,9 @@ class QKVAttention(Attention):
         bias: bias on the four projections.
     """
 
-    def __init__(self, spec: LayerSpec, *, key_dim: int | None = None, value_dim: int | None = None, bias: bool = False):
+    def __init__(
+        self, spec: LayerSpec, *, key_dim: int | None = None, value_dim: int | None = None, bias: bool = False
+    ):
         super().__init__(spec)
         self.key_dim = key_dim or spec.head_dim
         self.value_dim = value_dim or spec.head_dim
@@ -282,7 +289,9 @@ class QKVAttention(Attention):
             state = self.update(state, *self.key_value(x, state.position), **self.terms(x))
         return self.merge(x, self.read(q, state)), state
 
-    def prefill(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def prefill(
+        self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         state = self.init_state(x.shape[0], context, key_mask=key_mask)
         if not self.spec.cross:
             state = self.update(state, *self.key_value(x), **self.terms(x))
@@ -290,7 +299,9 @@ class QKVAttention(Attention):
 
     def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
         if self.spec.cross != (context is not None):
-            raise ValueError(f"spec.cross={self.spec.cross}, but a context was {'not ' if context is None else ''}given")
+            raise ValueError(
+                f"spec.cross={self.spec.cross}, but a context was {'not ' if context is None else ''}given"
+            )
         return x if context is None else context
 
 

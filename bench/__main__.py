@@ -35,11 +35,14 @@ def main() -> int:
     words = [seeds_as_one(text) for text in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as scratch:  # Hydra leaves a multirun.yaml; ours is the config in each record
         if not any("hydra/launcher=" in word for word in words):
-            words += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+            first = next(
+                (i for i, word in enumerate(words) if word in map(seeds_as_one, arguments.overrides)), len(words)
+            )
+            words[first:first] = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
         sys.argv, typed = [sys.argv[0], *words], sys.argv
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
-        except (UserError, KeyboardInterrupt):
+        except (UserError, KeyboardInterrupt, BrokenPipeError):
             raise
         except Exception as error:
             raise explain(error, arguments.overrides, arguments.config_dir) from error
@@ -62,7 +65,7 @@ def collect(config: Any) -> None:
 
 
 def run(choices: list[Choice]) -> int:
-    """Run all cells of the composed jobs and report; the exit status is 1 when a run failed for no reason of its own."""
+    """Run all cells of the composed jobs and report; the exit status is 1 when a run failed for an outer reason."""
     from bench import environment, plan
     from bench.progress import Progress
     from bench.sweep import FAILED, Sweep, slots

@@ -210,7 +210,7 @@ def classify(error: BaseException) -> tuple[str, str]:
     import torch
     from hydra.errors import InstantiationException
 
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+    while isinstance(error, (InstantiationException, ImportError)) and error.__cause__ is not None:
         error = error.__cause__  # Hydra's own text only says where in the config
     text = str(error).strip()
     first = text.splitlines()[0][:500] if text else ""

@@ -221,6 +221,8 @@ def check_overrides(overrides: Sequence[str], config_dir: str | None = None) -> 
         top = re.split(r"[./]", key)[0]
         if not key or "@" in key or override.package:
             raise UserError(f'cannot read "{text}": {key or "an empty name"} is no key; type KEY=VALUE')
+        if override.is_delete() and top in TOP:
+            raise UserError(f'"{text}": nothing can be taken out of a run; choose another value with {key}=VALUE')
         if key in GROUPS:
             for name in _names(override):
                 if not (isinstance(name, str) and NAME.fullmatch(name)) and (name is not None or key != "suite"):
@@ -229,8 +231,6 @@ def check_overrides(overrides: Sequence[str], config_dir: str | None = None) -> 
             raise UserError(
                 f'"{text}" is not for overrides; Hydra\'s own settings are left alone, but for hydra/launcher'
             )
-        if override.is_delete() and top in TOP:
-            raise UserError(f'"{text}": nothing can be taken out of a run; choose another value with {key}=VALUE')
         if (override.is_add() or override.is_force_add()) and top in TOP:
             raise UserError(f'"{text}" would add a key; every key there is exists already: type {text.lstrip("+")}')
 

@@ -56,7 +56,9 @@ def processor() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        model = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line), model)
+        model = next(
+            (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line), model
+        )
     return dict(cpu=model, cores=os.cpu_count(), system=f"{platform.system()} {platform.machine()}")
 
 
@@ -64,7 +66,9 @@ def accelerator(device: Any) -> dict[str, Any]:
     """The device a replica ran on: name, and for a GPU its memory, CUDA and driver."""
     import torch
 
-    facts: dict[str, Any] = dict(device=str(device), device_name=processor()["cpu"], num_threads=torch.get_num_threads())
+    facts: dict[str, Any] = dict(
+        device=str(device), device_name=processor()["cpu"], num_threads=torch.get_num_threads()
+    )
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts.update(device_name=properties.name, device_memory_bytes=properties.total_memory, cuda=torch.version.cuda)
@@ -75,7 +79,10 @@ def accelerator(device: Any) -> dict[str, Any]:
 def _driver() -> str | None:
     try:
         out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

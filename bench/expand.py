@@ -1,4 +1,4 @@
-"""Overrides with sweeps (`attention=softmax,based`, `suite=recall`) to configurations, without running Hydra's application."""
+"""Overrides with sweeps (`attention=softmax,based`, `suite=recall`) to configurations, without Hydra's application."""
 
 from __future__ import annotations
 

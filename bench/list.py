@@ -1,4 +1,4 @@
-"""`python -m bench.list attentions|tasks|backbones|budgets|suites`: capability tables, read from source and YAML alone."""
+"""`python -m bench.list [attentions|tasks|backbones|budgets|suites]`: capability tables, from source and YAML alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def patterns(text: str) -> set[str]:
 
 def comment(path: Path) -> str:
     """The first comment of a YAML: the sentence that says what it is."""
-    lines = (line.lstrip("# ").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    lines = (
+        line.lstrip("# ").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+    )
     return next((line for line in lines if not line.startswith("@package")), "")
 
 

@@ -22,7 +22,9 @@ def autocast(budget: Budget, device: torch.device) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def make_step(model: Backbone, task: Task, optimiser: torch.optim.Optimizer, budget: Budget, device: torch.device) -> Step:
+def make_step(
+    model: Backbone, task: Task, optimiser: torch.optim.Optimizer, budget: Budget, device: torch.device
+) -> Step:
     """A function (batch, learning rate) -> loss, a scalar on the device that nobody has waited for."""
 
     def loss_of(batch: Batch) -> Tensor:

@@ -62,7 +62,8 @@ def main() -> int:
     for name, values in seconds.items():
         ratios = [medians[list(CONTENDERS)[i]] / medians[name] for i in (0, 1)]
         low, high = min(values), max(values)
-        print(f"{name:30} {1e3 * medians[name]:8.1f} {1e3 * low:8.1f} {1e3 * high:8.1f} {ratios[0]:12.1f}x {ratios[1]:14.1f}x")
+        row = f"{name:30} {1e3 * medians[name]:8.1f} {1e3 * low:8.1f} {1e3 * high:8.1f}"
+        print(f"{row} {ratios[0]:12.1f}x {ratios[1]:14.1f}x")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench.status [overrides]`: planned, done, failed and stale runs of a sweep, from configs and records alone."""
+"""`python -m bench.status [overrides]`: planned, done, failed and stale runs of a sweep, from configs and records."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def main() -> int:
         print(warning, file=sys.stderr)
     done = sum(total[status] for status in DONE)
     failed = sum(total.values()) - done - total["planned"] - total["stale"]
-    print(f"planned {sum(total.values())}: done {done}, failed {failed}, stale {total['stale']}, to do {total['planned']}")
+    print(
+        f"planned {sum(total.values())}: done {done}, failed {failed}, stale {total['stale']}, to do {total['planned']}"
+    )
     return 0
 
 

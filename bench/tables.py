@@ -36,7 +36,9 @@ def _conditions(record: dict[str, Any]) -> str:
     """Equal for runs that may stand on one board."""
     config = record["config"]
     budget = Budget(**config["budget"]).identity()
-    return digest(dict(task=config["task"], version=record["task"]["version"], backbone=config["backbone"], budget=budget))
+    return digest(
+        dict(task=config["task"], version=record["task"]["version"], backbone=config["backbone"], budget=budget)
+    )
 
 
 def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:

@@ -103,7 +103,9 @@ class Batch:
 
     def rows(self, index: Tensor | slice) -> Batch:
         """The examples at `index`, without their slices, with the index types a model wants (int64)."""
-        return replace(self, slices={})._map(lambda tensor: tensor[index] if tensor.dtype is torch.bool else tensor[index].long())
+        return replace(self, slices={})._map(
+            lambda tensor: tensor[index] if tensor.dtype is torch.bool else tensor[index].long()
+        )
 
     def labels(self) -> Tensor:
         """Targets as a full matrix [B, L], IGNORE where there is none (the layout of published data sets)."""

@@ -32,7 +32,11 @@ def commands() -> list[str]:
 
 def run(words: list[str], results: Path) -> subprocess.CompletedProcess:
     """The command as typed, made small and pointed at a folder of its own."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     if words[:2] == ["make", "bench"]:
         words = [*words, f"RESULTS={results}", "DEVICE=cpu", f"ARGS={shlex.join(TINY)}", f"PY={sys.executable}"]
         words = [word for word in words if not word.startswith("SEEDS=")]
@@ -40,7 +44,9 @@ def run(words: list[str], results: Path) -> subprocess.CompletedProcess:
         words = [w for w in words if not w.startswith("seed=")] + [*TINY, f"results={results}", "device=cpu"]
     elif words[:3] == ["python", "-m", "bench.report"]:
         words = [*words, "--results", str(results)]
-    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL
+    )
 
 
 def test_the_two_commands_come_first():

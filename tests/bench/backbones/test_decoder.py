@@ -99,7 +99,7 @@ def test_decoding_token_by_token_equals_the_forward_pass(positions, attention):
 
 @pytest.mark.parametrize("positions", ["none", "learned", "rotary"])
 def test_positions_matter_only_where_asked(positions):
-    """Without positions, softmax over a set: swapping two earlier tokens leaves the last output unchanged (one layer)."""
+    """Without positions, softmax reads a set: swapping two earlier tokens leaves the last output unchanged."""
     model = decoder(positions=positions, num_layers=1).double()
     swapped = tokens().clone()
     swapped[:, [0, 1]] = swapped[:, [1, 0]]
@@ -149,7 +149,9 @@ def test_native_keeps_what_a_mechanism_made_of_its_weights():
 
     assert (decoder(Marked, initialisation="native").layers[0].attention.mark.weight == 3).all()
     assert (decoder(Marked, initialisation="scaled_normal").layers[0].attention.mark.weight != 3).all()
-    assert decoder(vocab=5000, dim=60, initialisation="native").embedding.tokens.weight.std().item() == pytest.approx(60**-0.5, rel=0.05)
+    assert decoder(vocab=5000, dim=60, initialisation="native").embedding.tokens.weight.std().item() == pytest.approx(
+        60**-0.5, rel=0.05
+    )
 
 
 def test_dropouts_act_in_training_only():

@@ -44,7 +44,7 @@ class Broken(Softmax):
     """Goes wrong in forward number `at` of a training; FAULTY names a folder for the faults that need one.
 
     Args:
-        fault: a key of `faults`.
+        fault: what goes wrong, see `forward`.
         at: training forward, counted from 1.
     """
 
@@ -64,9 +64,6 @@ class Broken(Softmax):
             return output * torch.nan
         if self.fault == "nan_gradient":  # the loss of this step is fine, every later one is not
             output.register_hook(lambda gradient: gradient * torch.nan)
-        elif self.fault == "explode":
-            with torch.no_grad():
-                self.out_proj.weight.mul_(1e6)
         elif self.fault == "error":
             raise RuntimeError("first line\nsecond line")
         elif self.fault == "unprintable":
