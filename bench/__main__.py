@@ -16,6 +16,7 @@ from bench.plan import Cell
 from bench.store import Store
 
 jobs: list[Choice] = []
+mistakes: list[UserError] = []  # raised inside Hydra they would come with a preface of Hydra's own
 exit_status = 0
 
 
@@ -48,6 +49,8 @@ def main() -> int:
             raise explain(error, arguments.overrides, arguments.config_dir) from error
         finally:
             sys.argv = typed
+    for mistake in mistakes:
+        raise mistake
     return run(jobs) if jobs else exit_status
 
 
@@ -57,7 +60,11 @@ def collect(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     settings = HydraConfig.get()
-    job = choice(config, settings.runtime.choices, settings.overrides.task)
+    try:
+        job = choice(config, settings.runtime.choices, settings.overrides.task)
+    except UserError as mistake:
+        mistakes.append(mistake)
+        return
     if "basic_launcher" in settings.launcher._target_:
         jobs.append(job)
     else:

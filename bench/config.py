@@ -190,11 +190,16 @@ def seeds(value: Any) -> list[int]:
 
 def row_name(part: str, name: str, overrides: Iterable[str]) -> str:
     """Name of a row: the YAML's, with what was overridden in it: `sliding_window(window=32)`."""
-    changed = sorted(
-        o.lstrip("+~").removeprefix(f"{part}.") for o in overrides if o.lstrip("+~").startswith(f"{part}.")
-    )
-    changed = [c for c in changed if not (part == "budget" and c.startswith(("learning_rates", "time_limit_seconds")))]
-    return f"{name}({','.join(changed)})" if changed else name
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    own = [text for text in overrides if text.lstrip("+~").startswith(f"{part}.")]
+    changed = {  # values as Hydra writes them, so that a sweep names its rows like a single run
+        override.key_or_group.removeprefix(f"{part}."): override.get_value_element_as_str()
+        for override in OverridesParser.create().parse_overrides(own)
+    }
+    if part == "budget":
+        changed = {k: v for k, v in changed.items() if k not in ("learning_rates", "time_limit_seconds")}
+    return f"{name}({','.join(f'{k}={v}' for k, v in sorted(changed.items()))})" if changed else name
 
 
 def options(group: str, config_dir: str | None = None) -> dict[str, Path]:

@@ -118,13 +118,12 @@ def log_axis(axis: Any, form: Callable[[float], str], at: Sequence[float] | None
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
 
 
-def label_points(
-    ax: Axes, points: Sequence[tuple[float, float, str, str]], bars: Sequence[tuple[float, float, float]]
-) -> None:
-    """Write names (x, y, name, colour) beside their points, clear of each other, of points, bars and the frame.
+def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write names (x, y, name, colour) beside their points, clear of each other and of all that is drawn so far.
 
-    Bars are vertical: (x, low, high). Tries places around each point at growing distances and takes the first free
-    one, or the one that overlaps least; a label that had to move away gets a line to its point.
+    Lines must be points, or level or upright: their bounding boxes are kept free. Tries places around each point at
+    growing distances and takes the first free one inside the frame, or the one that overlaps least; a label that had
+    to move away gets a line to its point.
     """
     figure = ax.figure
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -132,10 +131,9 @@ def label_points(
     frame = ax.get_window_extent(renderer)
     pixels = [tuple(ax.transData.transform((x, y))) for x, y, _, _ in points]
     dot = 5.0 * figure.dpi / 72
-    taken = [(px - dot, py - dot, px + dot, py + dot) for px, py in pixels]
-    for x, low, high in bars:
-        (left, bottom), (_, top) = ax.transData.transform([(x, low), (x, high)])
-        taken.append((left - 1, bottom, left + 1, top))
+    # 1 pixel around, or an upright line has no area that a label could overlap
+    drawn = [artist.get_window_extent(renderer).padded(1) for artist in (*ax.lines, *ax.texts)]
+    taken = [tuple(area.extents) for area in drawn]
     for (x, y, name, colour), (px, py) in sorted(
         zip(points, pixels, strict=True), key=lambda item: (-item[1][1], item[1][0])
     ):

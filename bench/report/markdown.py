@@ -180,21 +180,27 @@ def escape(text: str) -> str:
 
 
 def terminal(board: Board) -> Table:
-    """The ranked table for the end of a run."""
+    """The ranked table for the end of a run, in about 100 columns; the whole one is the page."""
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(
-        title=Text(wording.title(board)), title_justify="left", box=None, pad_edge=False, caption_justify="left"
-    )
-    lines = {row[0]: row for row in costs(board)[1]} if board.costs["device"].nunique() < 2 else {}
-    header, rows = ranking(board)
-    for i, name in enumerate([*header[:-1], "state", "tokens/s", "ms/token", header[-1]]):
-        shown.add_column(Text(name), justify="left" if i in (1, 3, 10) else "right", no_wrap=i == 1, overflow="fold")
-    for row in rows:
-        cost = lines.get(row[1])
-        extra = [cost[2], cost[4], cost[5]] if cost else [wording.NOTHING] * 3
-        shown.add_row(*(Text(cell) for cell in [*row[:-1], *extra, row[-1]]))
+    one_device = board.costs["device"].nunique() < 2  # times of several devices are not for one column
+    measured = {line[0]: [line[2], line[4], line[5]] for line in costs(board)[1]} if one_device else {}
+    lines = [["rank", "attention", f"test {board.metric}", "solved", "rate", "state", "tokens/s", "ms/token"]]
+    for rank, attention, score, _, solved, _, rate, _ in ranking(board)[1]:
+        cost = measured.get(attention, [wording.NOTHING] * 3)
+        lines.append([rank, attention, score, solved.split()[0], rate, *cost])
+    shown = Table(title=Text(wording.title(board)), title_justify="left", box=None, pad_edge=False)
+    for name, *cells in zip(*lines, strict=True):
+        if name == "attention":  # the only one that may be cut in a narrow terminal
+            shown.add_column(Text(name), no_wrap=True)
+        else:
+            shown.add_column(Text(name), no_wrap=True, justify="right", min_width=max(map(len, [name, *cells])))
+    for line in lines[1:]:
+        shown.add_row(*map(Text, line))
     if len(board.runs):
-        shown.caption = Text("\n".join([wording.conditions(board)["Runs"], *wording.warnings(board)]))
+        failed = board.table[board.table["rank_best"].isna()].to_dict("records")
+        reasons = [f"{row['attention']}: {row['status']}, {row['reason']}" for row in failed]
+        shown.caption = Text("\n".join([wording.conditions(board)["Runs"], *wording.warnings(board), *reasons]))
+        shown.caption_justify = "left"
     return shown

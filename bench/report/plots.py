@@ -84,13 +84,12 @@ def against_state(board: Board) -> Figure | None:
     positive = [row["state_bytes"] for row in drawn if row["state_bytes"] > 0] or [1.0]
     nothing = min(positive) / 4  # where a mechanism without state stands: a logarithm has no zero
     look = f.looks(board)
-    labels, bars = [], []
+    labels = []
     for row in drawn:
         x, y = row["state_bytes"] or nothing, row["test_mean"]
         colour, marker = look[row["attention"]]
         if not wording.missing(row["test_low"]):
-            bars.append((x, row["test_low"], row["test_high"]))
-            ax.plot([x, x], bars[-1][1:], color=colour, lw=0.9, alpha=0.7)
+            ax.plot([x, x], [row["test_low"], row["test_high"]], color=colour, lw=0.9, alpha=0.7)
         ax.plot([x], [y], marker, color=colour, ms=5)
         labels.append((x, y, f.shorten(row["attention"]), colour))
     xs = [label[0] for label in labels]
@@ -108,24 +107,32 @@ def against_state(board: Board) -> Figure | None:
         ylabel=f"test {wording.metric(board)}",
     )
     _floors(ax, board, rows)
-    f.label_points(ax, labels, bars)
+    f.label_points(ax, labels)
     return figure
 
 
 def _floors(ax: Axes, board: Board, rows: Sequence[dict]) -> None:
-    """Lines for guessing and for the network without attention; one line when they coincide on paper."""
-    floors = {
-        "chance": board.measure.chance,
-        **{f"{FLOOR} (no attention)": r["test_mean"] for r in rows if r["attention"] == FLOOR},
-    }
-    floors = {name: value for name, value in floors.items() if not wording.missing(value)}
-    low, high = ax.get_ylim()
-    if len(floors) == 2 and abs(floors["chance"] - floors[f"{FLOOR} (no attention)"]) < 0.03 * (high - low):
-        floors = {f"chance, {FLOOR} (no attention)": max(floors.values())}
-    for name, value in floors.items():
+    """Lines for guessing and for the network without attention; one name for both when they are close."""
+    levels = {"chance": board.measure.chance}
+    levels.update({f"{FLOOR} (no attention)": row["test_mean"] for row in rows if row["attention"] == FLOOR})
+    levels = {name: value for name, value in levels.items() if not wording.missing(value)}
+    for name, value in levels.items():
         ax.axhline(value, color=f.GREY, lw=0.8, ls=":" if name == "chance" else "--")
-        ax.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-                    ha="right", va="bottom", fontsize=6.5, color=f.GREY)  # fmt: skip
+    low, high = ax.get_ylim()
+    if max(levels.values(), default=0) - min(levels.values(), default=0) < 0.035 * (high - low) and levels:
+        levels = {", ".join(levels): max(levels.values())}
+    for name, value in levels.items():
+        ax.annotate(
+            name,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=6.5,
+            color=f.GREY,
+        )
 
 
 def valid_curves(board: Board) -> Figure | None:

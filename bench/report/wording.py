@@ -114,11 +114,16 @@ def conditions(board: Board) -> dict[str, str]:
         f"chance {number(board.measure.chance, board.fraction)}",
         "Budget": f"{key.budget}: at most {several(runs['max_steps'].map(lambda steps: f'{steps:g}'))} steps, "
         f"learning rates {grid}",
-        "Runs": f"{mechanisms} mechanisms × {rates} learning rates × {seeds} seeds = {planned} planned: "
+        "Runs": f"{_count(mechanisms, 'mechanism')} × {_count(rates, 'learning rate')} × {_count(seeds, 'seed')} "
+        f"= {planned} planned: "
         f"{status['ok']} ok, {failed} failed, {status['unsupported']} unsupported, {planned - len(runs)} missing{when}",
         "Machine": f"{several(ran['device'])}; {several(runs['dtype'])}; torch {several(runs['torch'])}; "
         f"Python {several(runs['python'])}; commit {several(commits)}",
     }
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def several(values: Any) -> str:

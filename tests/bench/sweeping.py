@@ -24,6 +24,7 @@ TINY = [
     "budget.eval_every=2",
     "budget.batch_size=7",
     "device=cpu",
+    "jobs=1",
     "task.vocab_size=32",
     f"task.train=[{SEGMENT % 23}]",
     f"task.valid=[{SEGMENT % 5}]",
@@ -45,17 +46,10 @@ def environment(**extra: str) -> dict[str, str]:
 
 def start(results: Path, *overrides: str, folder: Path | None = None, limit=None) -> subprocess.Popen:
     """`python -m bench` on a tiny configuration, started; `folder` is that of the faults, `limit` runs in the child."""
+    flags = [f"--config-dir={FAULTY}", *(text for text in overrides if text.startswith("-"))]
+    settings = [*TINY, "plugins=[faulty_plugin]", f"results={results}"]
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "bench",
-            f"--config-dir={FAULTY}",
-            *TINY,
-            "plugins=[faulty_plugin]",
-            f"results={results}",
-            *overrides,
-        ],
+        [sys.executable, "-m", "bench", *flags, *settings, *(text for text in overrides if not text.startswith("-"))],
         cwd=results.parent,
         env=environment(**({"FAULTY": str(folder)} if folder else {})),
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Configs: a wrong name or value is one line with the nearest right one; nothing foreign is imported, however it is named."""
+"""Configs: a wrong name or value is one line with the nearest right one; nothing foreign is ever imported."""
 
 import itertools
 import os
@@ -30,7 +30,10 @@ def message(*overrides, folder=None):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("attention=sofmax", 'unknown attention "sofmax"; nearest: softmax. All of them: python -m bench.list attentions'),
+        (
+            "attention=sofmax",
+            'unknown attention "sofmax"; nearest: softmax. All of them: python -m bench.list attentions',
+        ),
         ("task=mqr", 'unknown task "mqr"; nearest: mqar'),
         ("backbone=decodr", 'unknown backbone "decodr"; nearest: decoder, conv_decoder'),
         ("budget=smal", 'unknown budget "smal"; nearest: small'),
@@ -54,7 +57,10 @@ def message(*overrides, folder=None):
         ("budget.max_steps=0", "budget.max_steps must be positive, got 0; nearest: 1"),
         ("budget.beta2=1", "budget.beta2 must lie in [0, 1), got 1"),
         ("budget.max_grad_norm=inf", "budget.max_grad_norm must be finite, got inf"),
-        ("budget.learning_rates=0.1", "budget.learning_rates must be a list, got 0.1; type budget.learning_rates=[0.1]"),
+        (
+            "budget.learning_rates=0.1",
+            "budget.learning_rates must be a list, got 0.1; type budget.learning_rates=[0.1]",
+        ),
         ("budget.learning_rates=[]", "budget.learning_rates is empty; type for example"),
         ("budget.learning_rates=[0.1,0.1]", "budget.learning_rates repeats a value: [0.1, 0.1]"),
         ("budget.learning_rates=[-1]", "budget.learning_rates must be positive and finite, got -1.0"),
@@ -118,10 +124,25 @@ def test_nearest_is_never_empty_and_at_most_three():
 
 
 def test_a_row_is_named_by_its_yaml_and_what_was_overridden():
-    overrides = ["attention.window=5", "attention.bias=true", "budget.learning_rates=[1]", "budget.max_steps=2", "seed=1"]
+    overrides = [
+        "attention.window=5",
+        "attention.bias=true",
+        "budget.learning_rates=[1]",
+        "budget.max_steps=2",
+        "seed=1",
+    ]
     assert row_name("attention", "sliding_window", overrides) == "sliding_window(bias=true,window=5)"
     assert row_name("budget", "smoke", overrides) == "smoke(max_steps=2)"
     assert row_name("task", "mqar", overrides) == "mqar"
+    spaced, dense = (
+        "task.train=[{length: 8, num_pairs: 2}]",
+        "task.train=[{length:8,num_pairs:2}]",
+    )  # Hydra's -m drops spaces
+    assert (
+        row_name("task", "mqar", [spaced])
+        == row_name("task", "mqar", [dense])
+        == "mqar(train=[{length:8,num_pairs:2}])"
+    )
 
 
 def test_seeds_are_a_list_without_repeats():
@@ -144,6 +165,7 @@ CALLBACK = f"hydra:\n  callbacks:\n    mine: {TARGET}\n"
 LOGGING = "hydra:\n  job_logging: {version: 1, root: {level: INFO}, formatters: {mine: {(): foreign.Marker}}}\n"
 FACTORY = "version: 1\nroot: {level: INFO}\nformatters: {mine: {(): foreign.Marker}}\n"
 GLOBAL = "# @package _global_\n"
+SWEPT = f"{GLOBAL}hydra: {{mode: MULTIRUN, sweeper: {{params: {{"
 OVERRIDES = [
     "attention._target_=foreign.Marker",
     "task._target_=foreign.Marker",
@@ -193,7 +215,10 @@ FILES = {
     "plain": ("attention/mine.yaml", "_target_: foreign.Marker\n"),
     "in_a_list": ("attention/mine.yaml", f"{HYBRID}  - _target_: foreign.Marker\n"),
     "deep": ("attention/mine.yaml", f"{HYBRID}  - {{_target_: attentions.hybrid.hybrid, layers: [{TARGET}]}}\n"),
-    "through_an_interpolation": ("attention/mine.yaml", f"{HYBRID}  - _target_: ${{.name}}\n    name: foreign.Marker\n"),
+    "through_an_interpolation": (
+        "attention/mine.yaml",
+        f"{HYBRID}  - _target_: ${{.name}}\n    name: foreign.Marker\n",
+    ),
     "escaped": ("attention/mine.yaml", f"{HYBRID}  - '\\${{oc.create:{TARGET}}}'\n"),
     "arguments": ("attention/mine.yaml", f"{ATTENTION}_args_: [{TARGET}]\n"),
     "an_alias": ("attention/mine.yaml", "_target_: attentions.base.torch.load\n"),
@@ -204,17 +229,26 @@ FILES = {
     "callback": ("attention/mine.yaml", f"{GLOBAL}{CALLBACK}"),
     "callback_of_a_spaced_header": ("attention/mine.yaml", f"  #  @package hydra.callbacks\nmine: {TARGET}\n"),
     "callback_from_defaults": ("attention/mine.yaml", f"defaults: [/suite@hydra.callbacks.mine: it]\n{ATTENTION}"),
-    "callback_interpolated": ("attention/mine.yaml", f"{GLOBAL}hydra: ${{mine}}\nmine:\n  callbacks: {{a: {TARGET}}}\n"),
+    "callback_interpolated": (
+        "attention/mine.yaml",
+        f"{GLOBAL}hydra: ${{mine}}\nmine:\n  callbacks: {{a: {TARGET}}}\n",
+    ),
     "callback_group": ("hydra/callbacks/mine.yaml", f"mine: {TARGET}\n"),
     "logging": ("attention/mine.yaml", f"{GLOBAL}{LOGGING}"),
     "logging_group": ("hydra/job_logging/mine.yaml", FACTORY),
     "launcher": ("attention/mine.yaml", f"{GLOBAL}hydra: {{launcher: {{extra: {TARGET}}}}}\n"),
     "environment": ("attention/mine.yaml", f"{GLOBAL}hydra: {{job: {{env_set: {{PYTHONPATH: .}}}}}}\n"),
-    "swept": ("suite/mine.yaml", f"{GLOBAL}hydra: {{mode: MULTIRUN, sweeper: {{params: {{attention._target_: foreign.Marker}}}}}}\n"),
-    "swept_plugins": ("suite/mine.yaml", f"{GLOBAL}hydra: {{mode: MULTIRUN, sweeper: {{params: {{plugins: '[foreign]'}}}}}}\n"),
+    "swept": (
+        "suite/mine.yaml",
+        f"{SWEPT}attention._target_: foreign.Marker}}}}}}\n",
+    ),
+    "swept_plugins": (
+        "suite/mine.yaml",
+        f"{SWEPT}plugins: '[foreign]'}}}}}}\n",
+    ),
     "swept_hydra": (
         "suite/mine.yaml",
-        f"{GLOBAL}hydra: {{mode: MULTIRUN, sweeper: {{params: {{+hydra.job_logging.formatters.a: '{{(): foreign.Marker}}'}}}}}}\n",
+        f"{SWEPT}+hydra.job_logging.formatters.a: '{{(): foreign.Marker}}'}}}}}}\n",
     ),
     "sweeper": ("suite/mine.yaml", f"{GLOBAL}hydra: {{mode: MULTIRUN, sweeper: {{_target_: foreign.Marker}}}}\n"),
     "our_name": ("attention/softmax.yaml", "_target_: foreign.Marker\n"),
@@ -223,7 +257,7 @@ FILES = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """`python -m bench ARGUMENTS` in this process; a module `foreign` is on the path and leaves a file when imported."""
+    """`python -m bench ARGUMENTS` in this process; a module `foreign` on the path leaves a file when it is imported."""
     (tmp_path / "foreign.py").write_text(
         "from pathlib import Path\n(Path(__file__).parent / 'imported').touch()\n\n\nclass Marker:\n    pass\n"
     )
@@ -266,7 +300,9 @@ def test_a_file_of_the_users_folder_cannot_name_foreign_code(run, tmp_path, payl
     refused(run, f"--config-dir={tmp_path / 'mine'}", "-m", "seed=1", f"{group}={path.stem}")
 
 
-@pytest.mark.parametrize("flag", ["--config-name=mine", "--config-path=.", "-cn=mine", "-cp=.", "--experimental-rerun=x.pickle"])
+@pytest.mark.parametrize(
+    "flag", ["--config-name=mine", "--config-path=.", "-cn=mine", "-cp=.", "--experimental-rerun=x.pickle"]
+)
 def test_the_main_config_cannot_be_replaced(run, tmp_path, flag):
     (tmp_path / "mine.yaml").write_text(CALLBACK)
     refused(run, flag)
@@ -312,7 +348,10 @@ def bench(*arguments, code=None):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["attention=sofmax"], 'error: unknown attention "sofmax"; nearest: softmax. All of them: python -m bench.list attentions'),
+        (
+            ["attention=sofmax"],
+            'error: unknown attention "sofmax"; nearest: softmax. All of them: python -m bench.list attentions',
+        ),
         (["-m", "attention=softmax,sofmax"], 'error: unknown attention "sofmax"; nearest: softmax. All of them: '),
         (["budget.max_stps=3"], 'error: unknown key "budget.max_stps"; nearest: budget.max_steps'),
     ],
@@ -335,10 +374,14 @@ def test_help_and_mistakes_do_not_import_torch(arguments):
 
 
 def test_listing_all_groups_needs_no_torch():
-    modules = "bench.config, bench.plan, bench.store, bench.sweep, bench.isolation, bench.progress, bench.list, bench.status"
+    modules = (
+        "bench.config, bench.plan, bench.store, bench.sweep, bench.isolation, bench.progress, bench.list, bench.status"
+    )
     run = bench(code=f"import sys, {modules}; sys.exit('torch' in sys.modules)")
     assert run.returncode == 0, run.stderr
 
 
 def test_all_payloads_are_more_than_twenty():
-    assert len(OVERRIDES) + len(FILES) > 60 and len(set(itertools.chain(OVERRIDES, FILES))) == len(OVERRIDES) + len(FILES)
+    assert len(OVERRIDES) + len(FILES) > 60 and len(set(itertools.chain(OVERRIDES, FILES))) == len(OVERRIDES) + len(
+        FILES
+    )

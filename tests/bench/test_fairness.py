@@ -33,7 +33,9 @@ def run(cell, results, replicas=None):
 
 @pytest.fixture(scope="module")
 def cell():
-    return sweeping.cell("attention=softmax", "attention.dropout=0.25", "seed=[0,1]", "budget.learning_rates=[0.01,0.03]")
+    return sweeping.cell(
+        "attention=softmax", "attention.dropout=0.25", "seed=[0,1]", "budget.learning_rates=[0.01,0.03]"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,7 @@ def test_the_order_of_replicas_and_what_ran_before_do_not_matter(cell, reference
 
 
 def test_events_tell_the_life_of_every_replica(cell, reference):
-    by_run = {
-        run_id: [event for event, data in reference[2] if data["run_id"] == run_id] for run_id in reference[0]
-    }
+    by_run = {run_id: [event for event, data in reference[2] if data["run_id"] == run_id] for run_id in reference[0]}
     assert all(events == ["start", "step", "step", "done"] for events in by_run.values()) and len(by_run) == 4
 
 
@@ -96,11 +96,16 @@ def batches_seen(attention, monkeypatch):
     network = build(
         lambda spec, factory: Decoder(spec, factory, dim=6, num_layers=2, num_heads=1), task.spec, attention, seed=3
     )
-    seen = []
+    seen: list[torch.Tensor] = []
 
     def recording(*arguments):
         step = make_step(*arguments)
-        return lambda batch, rate: seen.append(batch.inputs.clone()) or step(batch, rate)
+
+        def recorded(batch, rate):
+            seen.append(batch.inputs.clone())
+            return step(batch, rate)
+
+        return recorded
 
     make_step = training.make_step
     with monkeypatch.context() as patch:
@@ -179,7 +184,9 @@ def test_a_module_that_cannot_be_imported_is_an_error_with_its_cause(tmp_path):
     assert "HYDRA_FULL_ERROR" not in record["reason"]
 
 
-@pytest.mark.parametrize("text", ["CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA error: out of memory", "can't allocate memory"])
+@pytest.mark.parametrize(
+    "text", ["CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA error: out of memory", "can't allocate memory"]
+)
 def test_all_ways_to_run_out_of_memory_are_oom(text):
     assert cell_module.classify(RuntimeError(f"{text}\nmore")) == ("oom", text)
     assert cell_module.classify(RuntimeError("something else"))[0] == "error"
@@ -203,7 +210,11 @@ def test_a_pattern_that_a_mechanism_does_not_have_is_unsupported_and_one_without
 
     monkeypatch.setattr(efficiency, "decoding", undecodable)
     (record,) = run(sweeping.cell(), tmp_path / "b")[0].values()
-    assert record["status"] == "ok" and record["scores"] and record["efficiency"]["no_decoding"] == "Softmax has no decode state"
+    assert (
+        record["status"] == "ok"
+        and record["scores"]
+        and record["efficiency"]["no_decoding"] == "Softmax has no decode state"
+    )
 
 
 @pytest.mark.parametrize("override", ["task.vocab_size=33", "backbone.positions=rotari", "device=cdua", "device=cuda"])

@@ -43,7 +43,7 @@ def base():
     return cell()
 
 
-@pytest.mark.parametrize("change", sum(CHANGES.values(), []))
+@pytest.mark.parametrize("change", [change for changes in CHANGES.values() for change in changes])
 def test_every_field_that_a_result_depends_on_changes_the_run(base, change):
     changed = cell(change)
     assert changed.replicas[0].run_id != base.replicas[0].run_id

@@ -1,6 +1,7 @@
 """Facts read from source: keywords and constants through inheritance, targets by definition only, the hash of code."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,16 @@ from bench import source
 from bench.errors import UserError
 
 CORE = '"""A core."""\n\n\ndef gain():\n    """What it returns."""\n    return 2  # two\n'
-BASE = '"""A base."""\n\n\nclass Base:\n    version = 3\n    paper: str = "first"\n\n    def __init__(self, spec, *, width: int, bias: bool = False):\n        self.width = width\n'
+BASE = '''"""A base."""
+
+
+class Base:
+    version = 3
+    paper: str = "first"
+
+    def __init__(self, spec, *, width: int, bias: bool = False):
+        self.width = width
+'''
 MECHANISM = '''"""A mechanism."""
 
 from .base import Base
@@ -76,13 +86,17 @@ def test_keywords_and_constants_are_inherited_and_the_nearest_wins(package):
     assert source.summary(mechanism) == "Its first sentence."
 
 
-@pytest.mark.parametrize("name", ["mechanism.alias", "mechanism.Base", "mechanism.gain", "mechanism.Mechanims", "other.x"])
+@pytest.mark.parametrize(
+    "name", ["mechanism.alias", "mechanism.Base", "mechanism.gain", "mechanism.Mechanims", "other.x"]
+)
 def test_only_what_a_module_defines_itself_can_be_named(package, name):
     with pytest.raises(UserError, match=f'"mine.{name.split(".")[0]}" defines no "{name.split(".")[1]}"; nearest: '):
         target(name)
 
 
-@pytest.mark.parametrize("module", ["nowhere", "mechanism.Mechanism", "", "..mechanism", "/etc/passwd", "mechanism.sys"])
+@pytest.mark.parametrize(
+    "module", ["nowhere", "mechanism.Mechanism", "", "..mechanism", "/etc/passwd", "mechanism.sys"]
+)
 def test_a_module_that_is_not_there_is_one_line(package, module):
     with pytest.raises(UserError, match="there is no module"):
         source.resolve(f"mine.{module}.Mechanism", ["mine"])
@@ -143,7 +157,7 @@ def test_the_hash_follows_relative_imports_of_a_package_itself(package):
 
 
 def test_mechanisms_of_a_family_share_its_core_and_others_do_not():
-    files = {}
+    files: dict[str, Path] = {}
     source._collect("attentions.local.sliding_window", files)
     assert {"attentions.local.sliding_window", "attentions.dense.softmax", "attentions.base"} <= set(files)
     assert not [name for name in files if name.startswith(("attentions.linear", "attentions.ssm", "torch"))]

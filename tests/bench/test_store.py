@@ -86,7 +86,7 @@ def test_a_truncated_or_missing_file_is_set_aside_and_only_that_run_is_gone(stor
     for damage in (lambda path: path.write_bytes(path.read_bytes()[:-3]), lambda path: path.unlink()):
         folder = store.write(record(2), FILES)
         damage(folder / name)
-        warnings = []
+        warnings: list[str] = []
         assert store.latest(digest(2), warnings) is None
         assert len(warnings) == 1 and "the same command runs it again" in warnings[0] and "\n" not in warnings[0]
         assert folders(store) == [digest(1)]
@@ -132,14 +132,22 @@ def test_a_record_that_cannot_be_read_now_is_not_called_damaged(store, monkeypat
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(Path, "read_bytes", too_many_open_files)
-    with pytest.raises(StoreError, match="cannot read .*record.json: Too many open files"):
+    with pytest.raises(StoreError, match=r"cannot read .*record\.json: Too many open files"):
         store.latest(digest(0))
     assert folder.exists()
 
 
 def test_foreign_files_are_ignored(store):
     store.write(record(), FILES)
-    for name in ("notes.txt", ".DS_Store", "record.json", "A" * 20, f"{digest(1)}.old", f"{digest(1)}.1", f"{digest(1)}.02"):
+    for name in (
+        "notes.txt",
+        ".DS_Store",
+        "record.json",
+        "A" * 20,
+        f"{digest(1)}.old",
+        f"{digest(1)}.1",
+        f"{digest(1)}.02",
+    ):
         (store.runs / name).write_text("mine")
     (store.runs / "folder").mkdir()
     records, warnings = store.read_all()
@@ -185,7 +193,7 @@ def test_a_writer_killed_at_a_random_moment_leaves_whole_records_and_loses_none(
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert writer.stdout.readline() == "ready\n"
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
         for _ in range(dice.randrange(9)):
             reported.append(int(writer.stdout.readline()))
         timer = threading.Timer(dice.random() * 0.004, os.kill, (writer.pid, signal.SIGKILL))
@@ -222,7 +230,11 @@ run(main)
 def test_a_full_disk_is_one_line_with_the_path_and_leaves_nothing(tmp_path, size):
     store = Store(tmp_path / "results")
     run = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(store.root), str(size)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", LIMITED, str(store.root), str(size)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr == f"error: cannot write the record of run {digest(0)} under {store.runs}: File too large\n"
@@ -230,7 +242,9 @@ def test_a_full_disk_is_one_line_with_the_path_and_leaves_nothing(tmp_path, size
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("root", ["a_file", "a_file/below", "/proc/1/results", "/dev/null", "a_store_with_a_file_for_runs"])
+@pytest.mark.parametrize(
+    "root", ["a_file", "a_file/below", "/proc/1/results", "/dev/null", "a_store_with_a_file_for_runs"]
+)
 def test_a_place_that_cannot_be_written_is_one_line_with_the_path(tmp_path, root):
     (tmp_path / "a_file").write_text("in the way")
     (tmp_path / "a_store_with_a_file_for_runs").mkdir()

@@ -1,7 +1,8 @@
-"""The training program: schedule, optimiser, early stop, the exact step of a NaN, and the test split that it never sees."""
+"""The training program: schedule, optimiser, early stop, the exact step of a NaN, and no look at the test split."""
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import sweeping
@@ -25,7 +26,9 @@ BUDGET = Budget(max_steps=7, batch_size=5, learning_rates=[0.01], eval_every=3, 
 
 def task():
     segment = {"length": 12, "num_pairs": 2, "num_examples": 23}
-    return MQAR(protocol="clean", vocab_size=16, train=[segment], valid=[segment | {"num_examples": 11}], test=[segment])
+    return MQAR(
+        protocol="clean", vocab_size=16, train=[segment], valid=[segment | {"num_examples": 11}], test=[segment]
+    )
 
 
 def model(attention=Softmax, seed=0, **hyper):
@@ -61,11 +64,16 @@ def test_the_schedule_has_a_rate_for_every_step_of_odd_budgets(max_steps, warmup
 
 
 def test_the_rate_of_the_schedule_is_the_rate_of_the_step(monkeypatch):
-    seen = []
+    seen: list[float] = []
 
     def recording(*arguments):
         step = make_step(*arguments)
-        return lambda batch, rate: seen.append(rate) or step(batch, rate)
+
+        def recorded(batch, rate):
+            seen.append(rate)
+            return step(batch, rate)
+
+        return recorded
 
     monkeypatch.setattr(training, "make_step", recording)
     result = train()
@@ -90,7 +98,7 @@ def test_a_gradient_with_other_strides_than_its_parameter_is_applied_to_its_own_
     start = torch.randn(5, 3, generator=generator)
     gradients = [torch.randn(3, 5, generator=generator).T for _ in range(4)]  # 5 x 3, strides of its transpose
     assert gradients[0].stride() != start.stride()
-    layer = nn.Linear(3, 5, bias=False)
+    layer: Any = nn.Linear(3, 5, bias=False)
     layer.weight.data = start.clone()
     optimiser = training.optimiser(layer, 0.01, BUDGET, CPU)
     for gradient in gradients:
@@ -104,7 +112,9 @@ def test_a_gradient_with_other_strides_than_its_parameter_is_applied_to_its_own_
 
 def test_all_parameters_are_optimised_with_the_budgets_numbers():
     network = model()
-    group = training.optimiser(network, 0.02, dataclasses.replace(BUDGET, beta2=0.98, weight_decay=0.3), CPU).param_groups
+    group = training.optimiser(
+        network, 0.02, dataclasses.replace(BUDGET, beta2=0.98, weight_decay=0.3), CPU
+    ).param_groups
     assert len(group) == 1 and group[0]["betas"] == (0.9, 0.98) and group[0]["weight_decay"] == 0.3
     assert {id(p) for p in group[0]["params"]} == {id(p) for p in network.parameters()}
 
@@ -143,10 +153,13 @@ def test_a_nan_in_the_gradient_is_reported_where_it_first_shows(at, reason):
 
 
 def test_divergence_is_reported_with_its_losses():
-    result = train(peak=1.0)  # AdamW moves every weight by about the rate in each step
+    result = train(peak=10.0)  # AdamW moves every weight by about the rate in each step
     assert (result.status, result.stopped, result.steps) == ("diverged", "diverged", 3)
-    mean_loss, first = result.history[0]["train_loss"], math.log(16)  # of 16 classes, equally likely at first
-    assert mean_loss > 10 * first and result.reason == f"mean loss {mean_loss:.3g} by step 3, {first:.3g} at the first"
+    mean_loss = result.history[0]["train_loss"]
+    start, first = result.reason.removesuffix(" at the first").rsplit(", ", 1)
+    assert start == f"mean loss {mean_loss:.3g} by step 3"
+    assert float(first) == pytest.approx(math.log(16), rel=0.05)  # small weights: all 16 classes equally likely
+    assert mean_loss > 10 * float(first)
 
 
 def test_training_stops_when_valid_is_solved_and_no_earlier(monkeypatch):
@@ -173,7 +186,9 @@ def test_training_and_its_stop_never_touch_the_test_split():
             return super().score(predictions, segment)
 
     segment = {"length": 12, "num_pairs": 2, "num_examples": 23}
-    mqar = Secret(protocol="clean", vocab_size=16, train=[segment], valid=[segment | {"num_examples": 11}], test=[segment])
+    mqar = Secret(
+        protocol="clean", vocab_size=16, train=[segment], valid=[segment | {"num_examples": 11}], test=[segment]
+    )
     assert train(mqar=mqar, stop_at=2.0).steps == 7
     with pytest.raises(AssertionError):
         mqar.segments("test", 0)

@@ -132,9 +132,9 @@ def test_times_of_two_devices_stay_apart():
 
 def test_slices_are_means_over_seeds_at_the_chosen_rate(board):
     ids = board.runs.loc[board.runs["chosen"] & board.runs["good"] & (board.runs["attention"] == "hybrid"), "run_id"]
-    part = board.frames.scores.query("split == 'test' and slice_key == 'segment' and slice_value == '128x32'")
+    part = board.frames.scores.query("split == 'test' and slice_key == 'segment' and slice_value == '64x16'")
     expected = part[part["run_id"].isin(ids)]["value"]
-    got = board.slices.query("attention == 'hybrid' and slice_key == 'segment' and slice_value == '128x32'").iloc[0]
+    got = board.slices.query("attention == 'hybrid' and slice_key == 'segment' and slice_value == '64x16'").iloc[0]
     assert got["seeds"] == 2 and got["mean"] == pytest.approx(np.mean(expected))
 
 
