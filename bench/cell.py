@@ -279,7 +279,7 @@ def write(store: Store, record: dict[str, Any], cell: Cell, history: list[dict[s
 def main() -> None:
     """Entry of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    pass
+    _die_with_parent()
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     events = os.fdopen(job["events"], "w", encoding="utf-8", buffering=1)

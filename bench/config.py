@@ -194,7 +194,9 @@ def row_name(part: str, name: str, overrides: Iterable[str]) -> str:
 
     own = [text for text in overrides if text.lstrip("+~").startswith(f"{part}.")]
     changed = {  # values as Hydra writes them, so that a sweep names its rows like a single run
-        override.key_or_group.removeprefix(f"{part}."): override.get_value_element_as_str()
+        override.key_or_group.removeprefix(f"{part}."): re.sub(
+            r"\b(True|False)\b", lambda word: word[0].lower(), override.get_value_element_as_str()
+        )
         for override in OverridesParser.create().parse_overrides(own)
     }
     if part == "budget":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ def environment(slot: Mapping[str, str]) -> dict[str, str]:
         CUBLAS_WORKSPACE_CONFIG=":4096:8",
         PYTHONUNBUFFERED="1",
     )
-    path = os.pathsep.join(filter(None, [str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
     return {**defaults, **os.environ, **slot, "PYTHONPATH": path}
 
 
@@ -157,10 +158,8 @@ class Child:
         os.close(self.events)
         self.errors.close()
         if self.process.stdin is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
-            except BrokenPipeError:
-                pass
         if not self.todo or self.fatal:
             return None
         victims = [self.current] if self.current else [] if self.finished else self.todo
