@@ -166,7 +166,10 @@ class Store:
 
     def latest(self, run_id: str, warnings: list[str] | None = None) -> dict[str, Any] | None:
         """The newest readable record of a run, or None; a damaged one is set aside with a warning line."""
-        for folder in reversed(self.attempts(run_id)):
+        return self._newest(self.attempts(run_id), warnings)
+
+    def _newest(self, folders: list[Path], warnings: list[str] | None) -> dict[str, Any] | None:
+        for folder in reversed(folders):
             try:
                 return read_record(folder)
             except DamagedRecord as error:
@@ -188,8 +191,12 @@ class Store:
     def read_all(self) -> tuple[list[dict[str, Any]], list[str]]:
         """The newest record of every run, ordered by run id, and a warning line for each damaged one."""
         warnings: list[str] = []
-        ids = {m["run_id"] for p in _children(self.runs) if (m := FOLDER.fullmatch(p.name))}
-        records = [self.latest(run_id, warnings) for run_id in sorted(ids)]
+        attempts: dict[str, list[tuple[int, Path]]] = {}  # from one listing: a search per run is quadratic
+        for path in _children(self.runs):
+            if match := FOLDER.fullmatch(path.name):
+                attempts.setdefault(match["run_id"], []).append((int(match["attempt"] or 1), path))
+        newest = ([path for _, path in sorted(found)] for _, found in sorted(attempts.items()))
+        records = [self._newest(folders, warnings) for folders in newest]
         return [record for record in records if record is not None], warnings
 
 

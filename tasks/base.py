@@ -102,10 +102,8 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device))
 
     def rows(self, index: Tensor | slice) -> Batch:
-        """The examples at `index`, without their slices, with the index types a model wants (int64)."""
-        return replace(self, slices={})._map(
-            lambda tensor: tensor[index] if tensor.dtype is torch.bool else tensor[index].long()
-        )
+        """The examples at `index`, with the index types a model wants (int64)."""
+        return self._map(lambda tensor: tensor[index] if tensor.dtype is torch.bool else tensor[index].long())
 
     def labels(self) -> Tensor:
         """Targets as a full matrix [B, L], IGNORE where there is none (the layout of published data sets)."""
