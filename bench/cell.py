@@ -71,7 +71,7 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
         error = exception
     data: dict[int, Any] = {}
     for replica in replicas:
-        emit("start", run_id=replica.run_id, learning_rate=replica.learning_rate, seed=replica.seed)
+        emit("start", run_id=replica.run_id, device=environment.accelerator(device))
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         outcome: dict[str, Any] = dict(status="error", reason="")
         history: list[dict[str, float]] = []

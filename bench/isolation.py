@@ -63,6 +63,7 @@ class Child:
     current: Replica | None = None
     step: int = 0
     metric: float | None = None
+    device: dict[str, Any] = field(default_factory=dict)  # what it said it runs on
     fatal: str | None = None
     timed_out: bool = False
     buffer: bytes = b""
@@ -121,7 +122,7 @@ class Child:
     def _take(self, event: dict[str, Any]) -> None:
         if event["event"] == "start":
             self.current = next(r for r in self.todo if r.run_id == event["run_id"])
-            self.step, self.metric = 0, None
+            self.step, self.metric, self.device = 0, None, event.get("device", {})
             self.deadline = time.monotonic() + self.cell.budget.time_limit_seconds
         elif event["event"] == "step":
             self.step, self.metric = event["step"], event["metric"]

@@ -171,7 +171,7 @@ class Sweep:
                 reason=outcome.reason,
                 started_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 task=dict(version=child.cell.task_version),
-                environment={**self.facts, **environment.software(), **environment.processor()},
+                environment={**self.facts, **environment.software(), **environment.processor(), **child.device},
                 **cell_module.header(child.cell),
             )
             known = self.store.latest(replica.run_id)

@@ -194,7 +194,11 @@ def test_ctrl_c_records_what_ran_as_interrupted_and_the_rerun_completes(undistur
     pid = int(wait_for(tmp_path / "reached", process))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
-    assert process.returncode == 130 and err == "interrupted\n" and "broken_gate: interrupted: Ctrl-C" in out
+    assert (
+        process.returncode == 130
+        and err == "interrupted; the same command goes on from here\n"
+        and "broken_gate: interrupted: Ctrl-C" in out
+    )
     assert not _runs(pid)
     (record,) = sweeping.records(results).values()
     assert (record["status"], record["reason"], record["attempt"]) == ("interrupted", "Ctrl-C", 1)
