@@ -157,12 +157,11 @@ class MQAR(Task):
         for segment in segments:
             by_length.setdefault(segment.inputs.shape[1], []).append(segment)
         pools = [_merge(group) for group in by_length.values()]
-        plan = [
-            (pool, rows) for pool in pools for rows in torch.randperm(len(pool), generator=generator).split(batch_size)
-        ]
+        orders = [torch.randperm(len(pool), generator=generator).to(pool.inputs.device) for pool in pools]
+        plan = [(pool, rows) for pool, order in zip(pools, orders, strict=True) for rows in order.split(batch_size)]
         for i in torch.randperm(len(plan), generator=generator).tolist():
             pool, rows = plan[i]
-            yield pool.rows(rows.to(pool.inputs.device))
+            yield pool.rows(rows)
 
     # -- scoring ----------------------------------------------------------------------------------
 
