@@ -46,7 +46,11 @@ class Pattern(enum.Flag):
         return [str(pattern.name).lower().replace("_", " ") for pattern in self]
 
 
-class UnsupportedPattern(ValueError):
+class Unsupported(ValueError):
+    """The mechanism cannot fill this slot; a result with a reason, not a mistake."""
+
+
+class UnsupportedPattern(Unsupported):
     """The mechanism is not defined for the pattern of the slot."""
 
 
@@ -63,7 +67,7 @@ class LayerSpec:
         max_length: longest sequence the slot will see, in positions.
         grid: rows, columns, ... when positions lie on an image.
         rotary_base: rotate q and k by position with this base (RoPE); None leaves them alone.
-        layer, num_layers: index of this layer and depth of the stack.
+        layer, num_layers: index of this layer among those that the mechanism fills, and their number.
     """
 
     dim: int
@@ -78,6 +82,9 @@ class LayerSpec:
     num_layers: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("dim", "num_heads", "kv_heads", "num_layers", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('kv_', 'num_kv_')} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.num_heads:
             near = sorted(
                 (h for h in range(1, self.dim + 1) if self.dim % h == 0), key=lambda h: abs(h - self.num_heads)

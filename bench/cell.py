@@ -28,12 +28,12 @@ OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_ST
 
 def compatible(task: Any, backbone: Any, attention: Any) -> str | None:
     """Why this mechanism cannot fill the slots of this backbone on this task, or None: it is simply tried."""
-    from attentions.base import UnsupportedPattern
+    from attentions.base import Unsupported
     from bench.backbones.base import build
 
     try:
         build(backbone, task.spec, attention, seed=0)
-    except UnsupportedPattern as error:
+    except Unsupported as error:
         return str(error)
     return None
 

@@ -184,28 +184,27 @@ def summary(target: Target) -> str:
 
 @cache
 def source_hash(names: tuple[str, ...], plugins: tuple[str, ...] = ()) -> str:
-    """Hash of the code of all named targets: their modules and those they import from the same package.
+    """Hash of the code of all named targets: their modules and what these import from our packages and the plugins.
 
     Comments, docstrings and blank lines do not count: a reworded docstring does not make results stale.
     """
     files: dict[str, Path] = {}
     for name in names:
-        _collect(resolve(name, plugins).module, files)
+        _collect(resolve(name, plugins).module, files, {*OWN_PACKAGES, *plugins})
     digest = hashlib.blake2b(digest_size=8)
     for module in sorted(files):
         digest.update(module.encode() + b"\0" + _code(files[module]).encode() + b"\0")
     return digest.hexdigest()
 
 
-def _collect(module: str, files: dict[str, Path]) -> None:
+def _collect(module: str, files: dict[str, Path], packages: set[str]) -> None:
     path = _module_path(module)
     if path is None or module in files:
         return
     files[module] = path
-    package = module.split(".")[0]
     for imported in _imports(path, module):
-        if imported.split(".")[0] == package:
-            _collect(imported, files)
+        if imported.split(".")[0] in packages:
+            _collect(imported, files, packages)
 
 
 def _imports(path: Path, module: str) -> Iterable[str]:

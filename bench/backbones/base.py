@@ -73,8 +73,9 @@ def build(backbone: Callable[[TaskSpec, Factory], Backbone], spec: TaskSpec, att
     """
 
     def seeded(layer_spec: LayerSpec) -> Attention:
-        torch.manual_seed(stream(seed, f"layer {layer_spec.layer}"))
-        return attention(layer_spec)
+        with torch.random.fork_rng(devices=[]):  # what it draws must not move what the backbone draws
+            torch.manual_seed(stream(seed, f"layer {layer_spec.layer}"))
+            return attention(layer_spec)
 
     torch.manual_seed(stream(seed, "backbone"))
     model = backbone(spec, seeded)

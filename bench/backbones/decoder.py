@@ -12,7 +12,7 @@ from bench.backbones.base import Backbone, DecodeState, Factory
 from bench.backbones.embed import POSITIONS, TokenEmbedding
 from bench.backbones.heads import TokenHead
 from bench.backbones.initialise import INITIALISATIONS
-from bench.errors import unknown
+from bench.errors import UserError, unknown
 from tasks.base import TaskSpec
 
 STATE_MIXERS = ("mlp", "none", "zoology_identity")
@@ -66,26 +66,35 @@ class Decoder(Backbone):
         ):
             if value not in valid:
                 raise unknown(f"backbone.{name}", value, valid)
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        factories = [attention] if alternate_with is None else [alternate_with, attention]
+        if num_layers < len(factories):
+            raise UserError(f"backbone.num_layers must be at least {len(factories)}, got {num_layers}")
+        if dim < 1:
+            raise UserError(f"backbone.dim must be at least 1, got {dim}")
+        for name, value in (("embedding_dropout", embedding_dropout), ("residual_dropout", residual_dropout)):
+            if not 0 <= value < 1:
+                raise UserError(f"backbone.{name} must lie in [0, 1), got {value}; nearest: 0.0")
         self.num_layers = num_layers
         self.initialisation = initialisation
         self.embedding = TokenEmbedding(task, dim, positions, embedding_dropout)
-        factories = [attention] if alternate_with is None else [alternate_with, attention]
         layers = []
         for index in range(num_layers):
-            spec = LayerSpec(
-                dim=dim,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                causal=True,
-                max_length=task.length,
-                rotary_base=10000.0 if positions == "rotary" else None,
-                layer=index,
-                num_layers=num_layers,
-            )
+            kind = index % len(factories)
+            try:
+                spec = LayerSpec(
+                    dim=dim,
+                    num_heads=num_heads,
+                    num_kv_heads=num_kv_heads,
+                    causal=True,
+                    max_length=task.length,
+                    rotary_base=10000.0 if positions == "rotary" else None,
+                    layer=index // len(factories),
+                    num_layers=len(range(kind, num_layers, len(factories))),
+                )
+            except ValueError as error:
+                raise UserError(f"backbone: {error}") from error
             mixer = state_mixer if state_mixer != "mlp" or mlp_ratio > 0 else "none"
-            layers.append(Layer(spec, factories[index % len(factories)], mixer, mlp_ratio, residual_dropout))
+            layers.append(Layer(spec, factories[kind], mixer, mlp_ratio, residual_dropout))
         self.layers = nn.ModuleList(layers)
         self.head = TokenHead(task, dim, self.embedding.tokens if tied_embeddings else None)
 

@@ -158,7 +158,7 @@ def test_the_hash_follows_relative_imports_of_a_package_itself(package):
 
 def test_mechanisms_of_a_family_share_its_core_and_others_do_not():
     files: dict[str, Path] = {}
-    source._collect("attentions.local.sliding_window", files)
+    source._collect("attentions.local.sliding_window", files, {"attentions"})
     assert {"attentions.local.sliding_window", "attentions.dense.softmax", "attentions.base"} <= set(files)
     assert not [name for name in files if name.startswith(("attentions.linear", "attentions.ssm", "torch"))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import nn
 
+from attentions.base import Unsupported
 from attentions.dense.none import NoAttention
 from attentions.dense.softmax import Softmax
+from attentions.hybrid import hybrid
 from attentions.local.sliding_window import SlidingWindow
 from attentions.ssm.short_conv import ShortConv
 from bench.backbones.base import build
@@ -181,8 +184,28 @@ def test_unknown_words_name_the_nearest(changes, message):
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="num_heads must divide dim, got dim=12 and num_heads=5; nearest: 4, 6"):
+    with pytest.raises(UserError, match="num_heads must divide dim, got dim=12 and num_heads=5; nearest: 4, 6"):
         decoder(num_heads=5)
+
+
+def test_a_hybrid_that_would_lose_a_member_is_unsupported():
+    """On a backbone that alternates by itself, the mechanism has one of the two layers."""
+    stack = functools.partial(hybrid, layers=[functools.partial(ShortConv, kernel_size=3), Softmax])
+    conv = functools.partial(ShortConv, kernel_size=3)
+    assert [type(layer.attention) for layer in decoder(stack).layers] == [ShortConv, Softmax]
+    with pytest.raises(Unsupported, match="a hybrid of 2 needs at least 2 layers, the backbone gives it 1"):
+        decoder(stack, alternate_with=conv)
+    four = decoder(stack, alternate_with=conv, num_layers=4).layers
+    assert [type(layer.attention) for layer in four] == [ShortConv, ShortConv, ShortConv, Softmax]
+
+
+def test_what_a_mechanism_draws_does_not_move_the_layers_around_it():
+    conv = functools.partial(ShortConv, kernel_size=3)
+    one, other = (
+        decoder(m, alternate_with=conv, num_layers=4, initialisation="native") for m in (Softmax, NoAttention)
+    )
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, one.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("name", ["decoder", "conv_decoder"])
