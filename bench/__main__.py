@@ -78,6 +78,9 @@ def run(choices: list[Choice]) -> int:
     from bench.sweep import FAILED, Sweep, slots
 
     settings = choices[0].settings
+    for key, value in settings.items():
+        if any(job.settings[key] != value for job in choices):
+            raise UserError(f"{key} is a setting of the whole sweep and cannot be swept over; type {key}={value}")
     cells = plan.merge(plan.cell(job) for job in choices)
     store = Store(Path(settings["results"]).absolute())
     command = "python -m bench " + " ".join(sys.argv[1:])
@@ -96,6 +99,8 @@ def run(choices: list[Choice]) -> int:
             for warning in sweep.warnings:
                 print(warning, file=sys.stderr)
     write_report(store, cells)
+    for reason in sweep.impossible.values():
+        raise UserError(reason)
     return 1 if any(sweep.statuses[status] for status in FAILED) else 0
 
 
@@ -107,7 +112,7 @@ def write_report(store: Store, cells: list[Cell]) -> None:
     from bench.config import defaults
     from bench.tables import read_frames
 
-    frames, warnings = read_frames(store)
+    frames, warnings = read_frames(store, {replica.run_id: cell.names for cell in cells for replica in cell.replicas})
     boards = {(cell.names["task"], cell.names["backbone"], cell.names["budget"]) for cell in cells}
     paths = report.write(frames, store.root / "leaderboards", defaults=defaults(), only=boards)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment, source
+from bench.errors import ImpossibleCell, UserError
 from bench.plan import Cell, Replica
 from bench.store import HISTORY, Store, as_csv
 
@@ -46,15 +47,13 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
         emit: called with the name of an event and its data.
 
     Raises:
-        UserError: the task or the backbone has impossible settings; StoreError: a record cannot be written. Anything
-            else becomes the status of a record.
+        ImpossibleCell: the task or the backbone has impossible settings.
+        UserError: no such device; StoreError: a record cannot be written. Anything else becomes a record's status.
     """
     import torch
     from hydra.utils import instantiate
 
-    from bench.errors import UserError
-
-    torch.set_num_threads(int(cell.settings.get("threads", 1)))
+    torch.set_num_threads(1)  # one process per core: threads that wait for each other lose more than they gain
     device = pick_device(cell.settings["device"])
     torch.use_deterministic_algorithms(True, warn_only=True)
     budget = cell.budget
@@ -65,8 +64,8 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
         backbone = instantiate(cell.parts["backbone"], _convert_="all")
         attention = instantiate(cell.parts["attention"], _convert_="all")
         why_not = compatible(task, backbone, attention)
-    except UserError:
-        raise  # a wrong word in the config, not a fault of the mechanism
+    except UserError as mistake:
+        raise ImpossibleCell(str(mistake)) from mistake  # a wrong word in the config, not a fault of the mechanism
     except Exception as exception:
         error = exception
     data: dict[int, Any] = {}
@@ -123,17 +122,15 @@ def make_task(config: dict[str, Any]) -> Any:
     """The task of a config.
 
     Raises:
-        UserError: its settings are impossible; no cell of a sweep could run then, so nothing is recorded.
+        ImpossibleCell: its settings are impossible.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    from bench.errors import UserError
-
     try:
         return instantiate(config, _convert_="all")
     except InstantiationException as error:
-        raise UserError(f"task: {error.__cause__ or error}") from error
+        raise ImpossibleCell(f"task: {error.__cause__ or error}") from error
 
 
 def load(task: Any, seed: int, device: Any) -> dict[str, Any]:
@@ -229,8 +226,6 @@ def pick_device(name: str) -> Any:
     """
     import torch
 
-    from bench.errors import UserError
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -287,13 +282,11 @@ def main() -> None:
     def emit(event: str, **data: Any) -> None:
         events.write(json.dumps({"event": event, **data}) + "\n")
 
-    from bench.errors import UserError
-
     cell = Cell(**{**job["cell"], "replicas": [Replica(**r) for r in job["cell"]["replicas"]]})
     try:
         run(cell, [Replica(**r) for r in job["replicas"]], Store(Path(job["results"])), job["facts"], emit)
     except UserError as error:
-        emit("fatal", reason=str(error))
+        emit("fatal", reason=str(error), others_can_run=isinstance(error, ImpossibleCell))
         sys.exit(2)
 
 

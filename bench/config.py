@@ -189,7 +189,7 @@ def seeds(value: Any) -> list[int]:
 
 
 def row_name(part: str, name: str, overrides: Iterable[str]) -> str:
-    """Name of a row: the YAML's, with what was overridden in it: `sliding_window(window=32)`."""
+    """Name of a row: the YAML's, with what was changed in it: `sliding_window(window=32)`."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     own = [text for text in overrides if text.lstrip("+~").startswith(f"{part}.")]
@@ -199,9 +199,18 @@ def row_name(part: str, name: str, overrides: Iterable[str]) -> str:
         )
         for override in OverridesParser.create().parse_overrides(own)
     }
+    written = _written(part, name)
+    changed = {k: v for k, v in changed.items() if k not in written or str(written[k]).lower() != v.lower()}
     if part == "budget":
         changed = {k: v for k, v in changed.items() if k not in ("learning_rates", "time_limit_seconds")}
     return f"{name}({','.join(f'{k}={v}' for k, v in sorted(changed.items()))})" if changed else name
+
+
+def _written(part: str, name: str) -> dict[str, Any]:
+    """The plain values in our YAML of a name: an override with the same value changes nothing."""
+    path = options(part).get(name)
+    content: Any = OmegaConf.to_container(OmegaConf.load(path)) if path else {}
+    return {key: value for key, value in content.items() if not isinstance(value, (dict, list))}
 
 
 def options(group: str, config_dir: str | None = None) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """`python -m bench.data task=mqar [seed=0] [task.KEY=VALUE ...] [save=FOLDER]`: make a task's data, hash it, save it.
 
-Prints one line per split and segment; hashes are the first 16 digits of the sha256 of inputs and labels as
-little-endian int64 in C order. With save=FOLDER each segment becomes FOLDER/SPLIT_INDEX.npz with `inputs` [N, L] and
+Prints one line per split and segment; hashes are the sha256 of inputs and labels as little-endian int64
+in C order. With save=FOLDER each segment becomes FOLDER/SPLIT_INDEX.npz with `inputs` [N, L] and
 `labels` [N, L] (-100 where nothing is asked), in the smallest integer type that the task uses.
 """
 
@@ -45,7 +45,7 @@ def main() -> int:
 
     task = make_task(choice.parts["task"])
     print(f"{task.id}, version {task.version}, seed {seed}")
-    line = "{:<5}  {:>7}  {:>8}  {:>6}  {:>5}  {:>6}  {:>11}  {:>7}  {:<16}  {:<16}".format
+    line = "{:<5}  {:>7}  {:>8}  {:>6}  {:>5}  {:>6}  {:>11}  {:>7}  {:<64}  {:<64}".format
     print(line(*COLUMNS).rstrip())
     for row in generate(task, seed, folder):
         print(line(*row), flush=True)
@@ -86,8 +86,8 @@ def generate(task: Any, seed: int, folder: Path | None) -> Iterator[tuple[Any, .
                 int((segment.targets != IGNORE).sum(1).max()),
                 sum(t.numel() * t.element_size() for t in (segment.inputs, segment.positions, segment.targets)),
                 "" if index else seconds,
-                hashes["inputs"][:16],
-                hashes["labels"][:16],
+                hashes["inputs"],
+                hashes["labels"],
             )
 
 

@@ -13,6 +13,10 @@ class UserError(Exception):
     """A user's mistake; shown as its one line, without a traceback."""
 
 
+class ImpossibleCell(UserError):
+    """The settings of one cell of a sweep have no data or no network; other cells may run."""
+
+
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
     """The valid names closest to `name`, best first; never empty when `valid` is not."""
     valid = sorted(set(valid))

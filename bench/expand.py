@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench.config import CONF, Choice, check_overrides, choice, explain
 
@@ -18,7 +19,7 @@ def seeds_as_one(text: str) -> str:
     return text
 
 
-def expand(overrides: Sequence[str]) -> list[Choice]:
+def expand(overrides: Sequence[str], config_dir: str | None = None) -> list[Choice]:
     """Every configuration of a sweep, as `python -m bench -m` would compose them.
 
     Raises:
@@ -30,7 +31,8 @@ def expand(overrides: Sequence[str]) -> list[Choice]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     overrides = [seeds_as_one(text) for text in overrides]
-    check_overrides(overrides)
+    check_overrides(overrides, config_dir)
+    overrides += [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             loader = GlobalHydra.instance().config_loader()
@@ -42,5 +44,5 @@ def expand(overrides: Sequence[str]) -> list[Choice]:
             jobs = BasicSweeper.split_arguments(parser.parse_overrides([*swept, *overrides]), None)[0]
             configs = [compose("config", overrides=list(job), return_hydra_config=True) for job in jobs]
     except Exception as error:
-        raise explain(error, overrides) from error
+        raise explain(error, overrides, config_dir) from error
     return [choice(config, config.hydra.runtime.choices, config.hydra.overrides.task) for config in configs]

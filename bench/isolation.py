@@ -64,7 +64,8 @@ class Child:
     step: int = 0
     metric: float | None = None
     device: dict[str, Any] = field(default_factory=dict)  # what it said it runs on
-    fatal: str | None = None
+    fatal: str | None = None  # why none of its replicas can run
+    others_can_run: bool = False  # ... while those of other cells can
     timed_out: bool = False
     buffer: bytes = b""
     finished: list[dict[str, Any]] = field(default_factory=list)
@@ -132,7 +133,7 @@ class Child:
             self.current = None
             self.deadline = time.monotonic() + STARTUP_SECONDS
         elif event["event"] == "fatal":
-            self.fatal = event["reason"]
+            self.fatal, self.others_can_run = event["reason"], event["others_can_run"]
 
     def alive(self) -> bool:
         """Whether it works; past its limit, or with nothing left to do, it is killed first."""

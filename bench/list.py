@@ -43,7 +43,7 @@ def comment(path: Path) -> str:
 
 
 def attentions(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
-    """One row per mechanism: family, patterns, decode state, paper. A hybrid has what all of its layers have."""
+    """One row per mechanism: family, patterns, papers. A hybrid has what all of its layers have."""
     rows = []
     for name, path in files.items():
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -52,14 +52,14 @@ def attentions(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str
         leaves = [target for target in leaves if source.constant(target, "patterns")] or [outer]
         sets = [patterns(source.constant(leaf, "patterns") or "") for leaf in leaves]
         common = set.intersection(*sets)
-        papers = [source.literal(leaf, "paper", "") for leaf in leaves]
+        papers = dict.fromkeys(source.literal(leaf, "paper", "").removeprefix("https://") for leaf in leaves)
         rows.append(
             {
                 "attention": name,
                 "family": outer.family,
                 **{words: "yes" if key in common else "-" for key, words in PATTERN_WORDS.items()},
                 "what": comment(path),
-                "paper": papers[-1].removeprefix("https://"),
+                "paper": ", ".join(papers),
             }
         )
     return rows
@@ -127,11 +127,11 @@ TABLES = dict(attentions=attentions, tasks=tasks, backbones=backbones, budgets=b
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.list", description=__doc__)
-    parser.add_argument("group", nargs="?", help=", ".join(TABLES))
+    parser.add_argument("words", nargs="*", metavar="GROUP", help=f"{', '.join(TABLES)}; plugins=[my_pkg]")
     parser.add_argument("--config-dir", help="folder with YAMLs of your own")
-    parser.add_argument("--plugins", default="", help="packages of yours, separated by commas")
-    arguments = parser.parse_args()
-    groups = [arguments.group] if arguments.group else list(TABLES)
+    arguments = parser.parse_intermixed_args()
+    plugins = [name for word in arguments.words if "=" in word for name in re.findall(r"\w+", word.partition("=")[2])]
+    groups = [word for word in arguments.words if not word.startswith("plugins=")] or list(TABLES)
     for group in groups:
         if group not in TABLES:
             raise unknown("group", group, TABLES)
@@ -139,7 +139,7 @@ def main() -> None:
             raise UserError(f"--config-dir: there is no folder {arguments.config_dir}")
         assert group[:-1] in GROUPS
         files = options(group[:-1], arguments.config_dir)
-        show(group, TABLES[group](files, [p for p in arguments.plugins.split(",") if p]))
+        show(group, TABLES[group](files, plugins))
 
 
 def show(title: str, rows: list[dict[str, str]]) -> None:

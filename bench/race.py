@@ -43,6 +43,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.worker:
         return work(json.loads(arguments.worker))
+    for name, value in vars(arguments).items():
+        if isinstance(value, int) and value < 1:
+            raise errors.UserError(f"--{name} must be at least 1, got {value}")
     shape = {key: value for key, value in vars(arguments).items() if key != "worker"}
     workers = {name: start(shape, *how) for name, how in CONTENDERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,11 +17,13 @@ def main() -> int:
     """Takes the overrides of the sweep itself: `python -m bench.status suite=recall`."""
     from bench.expand import expand
 
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        print("Give it the same overrides as the sweep, e.g. suite=recall or attention=softmax,based seed=0,1,2")
-        return 0
-    cells = plan.merge(plan.cell(choice) for choice in expand(sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m bench.status", description=__doc__.partition("`: ")[2])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="those of the sweep, such as suite=recall")
+    parser.add_argument("-m", "--multirun", action="store_true", help="makes no difference: sweeps are always expanded")
+    parser.add_argument("--config-dir", help="folder with YAMLs of your own")
+    arguments = parser.parse_intermixed_args()
+    cells = plan.merge(plan.cell(choice) for choice in expand(arguments.overrides, arguments.config_dir))
+    again = (*plan.ALWAYS_RETRIED, *(cells[0].settings["retry"] or ()))
     store = Store(Path(cells[0].settings["results"]).absolute())
     records, warnings = store.read_all()
     latest = {record["run_id"]: record for record in records}
@@ -41,10 +44,9 @@ def main() -> int:
     for warning in warnings:
         print(warning, file=sys.stderr)
     done = sum(total[status] for status in DONE)
+    todo = sum(total[status] for status in ("planned", "stale", *again))
     failed = sum(total.values()) - done - total["planned"] - total["stale"]
-    print(
-        f"planned {sum(total.values())}: done {done}, failed {failed}, stale {total['stale']}, to do {total['planned']}"
-    )
+    print(f"planned {sum(total.values())}: done {done}, failed {failed}, stale {total['stale']}; to do {todo}")
     return 0
 
 

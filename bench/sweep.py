@@ -61,12 +61,13 @@ class Sweep:
     interrupted: str = ""  # by what
     statuses: Counter = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
+    impossible: dict[str, str] = field(default_factory=dict)  # cell id -> why its settings cannot be run
 
     def run(self) -> None:
         """Run all that is outstanding.
 
         Raises:
-            UserError: the results folder cannot be written, or the task's settings are impossible.
+            UserError: the results folder cannot be written, or there is no such device.
             KeyboardInterrupt: Ctrl-C or SIGTERM; what was running is recorded as interrupted.
         """
         self.store.prepare()
@@ -144,8 +145,11 @@ class Sweep:
             outcome = child.close()
             for event in child.finished[before:]:
                 self._tell(child, event)
-            if child.fatal:
+            if child.fatal and not child.others_can_run:
                 raise UserError(child.fatal)
+            if child.fatal:
+                self.impossible[job.cell.id] = child.fatal
+                self.queue = [other for other in self.queue if other.cell.id != job.cell.id]
             if outcome is not None:
                 self._record_failure(job, child, outcome)
             if not any(j.cell.id == job.cell.id for j in self.queue) and not any(

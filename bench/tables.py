@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from bench import plan
@@ -12,11 +13,16 @@ from bench.report.frames import Frames
 from bench.store import Store, digest, read_history
 
 
-def read_frames(store: Store) -> tuple[Frames, list[str]]:
-    """Frames of the newest record of every run, and one warning line for everything that was set aside or is odd."""
+def read_frames(store: Store, names: Mapping[str, Mapping[str, str]] | None = None) -> tuple[Frames, list[str]]:
+    """Frames of the newest record of every run, and one warning line for everything that was set aside or is odd.
+
+    Args:
+        names: run id -> row names by which the caller knows it; the record's own where there are none.
+    """
     records, warnings = store.read_all()
     runs, scores, history = [], [], []
     for record in records:
+        record["names"] = (names or {}).get(record["run_id"], record["names"])
         runs.append(_run(record, _stale(record, warnings)))
         scores += [{"run_id": record["run_id"], **score} for score in record.get("scores", [])]
         folder = store.attempts(record["run_id"])[-1]

@@ -71,9 +71,9 @@ class Decoder(Backbone):
             raise UserError(f"backbone.num_layers must be at least {len(factories)}, got {num_layers}")
         if dim < 1:
             raise UserError(f"backbone.dim must be at least 1, got {dim}")
-        for name, value in (("embedding_dropout", embedding_dropout), ("residual_dropout", residual_dropout)):
-            if not 0 <= value < 1:
-                raise UserError(f"backbone.{name} must lie in [0, 1), got {value}; nearest: 0.0")
+        for name, rate in (("embedding_dropout", embedding_dropout), ("residual_dropout", residual_dropout)):
+            if not 0 <= rate < 1:
+                raise UserError(f"backbone.{name} must lie in [0, 1), got {rate}; nearest: 0.0")
         self.num_layers = num_layers
         self.initialisation = initialisation
         self.embedding = TokenEmbedding(task, dim, positions, embedding_dropout)

@@ -134,7 +134,8 @@ def columns(board: Board) -> dict[str, str]:
         solved, below = "not defined for this metric.", ""
     return {
         "rank": f"every rank that the seeds leave possible for this row at {level} (Welch's test against each other "
-        "row, Holm's correction over them). Overlapping ranks are ties: the seeds cannot tell. A row with failed seeds "
+        "row, Holm's correction over them). Rows that the seeds cannot tell apart share ranks; "
+        "rows that share a rank need not be tied in pairs. A row with failed seeds "
         "is never ranked above another.",
         f"test {board.metric}": "mean over the seeds that succeeded, at the chosen learning rate, with the Student-t "
         f"interval at {level}. Equal values give an interval without width: no spread was seen, which is not to say "

@@ -94,8 +94,9 @@ def against_state(board: Board) -> Figure | None:
         labels.append((x, y, f.shorten(row["attention"]), colour))
     xs = [label[0] for label in labels]
     left, right = min(xs) / 2, max(xs) * 2.5
-    powers = 2.0 ** np.arange(np.floor(np.log2(left)), np.ceil(np.log2(right)) + 1)
-    ticks = [p for p in powers[:: 1 + len(powers) // 12] if left <= p <= right and p > nothing * 1.5]
+    decades = 10.0 ** np.arange(np.floor(np.log10(left)), np.ceil(np.log10(right)) + 1)
+    steps = (1, 2, 5) if len(decades) < 6 else (1,)
+    ticks = [p for p in np.outer(decades, steps).ravel() if left <= p <= right and p > nothing * 1.5]
     ticks = ticks if min(xs) > nothing else [nothing, *ticks]
     f.log_axis(ax.xaxis, lambda x: "0 B" if x <= nothing else wording.size(x, "B"), ticks)
     ax.set_xlim(left, right)
