@@ -7,15 +7,14 @@ in C order. With save=FOLDER each segment becomes FOLDER/SPLIT_INDEX.npz with `i
 
 from __future__ import annotations
 
-import os
+import io
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import errors
+from bench import atomic, errors
 from bench.config import compose
 from bench.errors import UserError
 
@@ -100,19 +99,11 @@ def save(path: Path, segment: Any) -> None:
     import numpy as np
 
     inputs = segment.inputs.numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, inputs=inputs, labels=segment.labels().numpy().astype(inputs.dtype))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, inputs=inputs, labels=segment.labels().numpy().astype(inputs.dtype))
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp's files are their owner's alone
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        atomic.replace(path, buffer.getvalue())
     except OSError as error:
         raise UserError(
             f"cannot save in {path.parent}: {error.strerror or error}; type save=FOLDER with another folder"

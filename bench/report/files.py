@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
+from bench import atomic
 from bench.errors import UserError
 from bench.report.frames import SCHEMAS, Frames
 from bench.report.leaderboard import Board, slice_order
@@ -66,7 +65,7 @@ def save(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
         for name, content in files.items():
             path = folder / name
             if not (path.is_file() and path.read_bytes() == content):
-                _replace(path, content)
+                atomic.replace(path, content)
         for name in set(OWN) - set(files):  # a plot that no longer has data must not stay beside the new page
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -74,17 +73,3 @@ def save(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             f"cannot write the report to {folder}: {error.strerror or error}; type --results FOLDER with another folder"
         ) from error
     return [folder / name for name in files]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's files are their owner's alone
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
