@@ -65,6 +65,7 @@ class LayerSpec:
         cross: keys and values come from a separate context.
         num_kv_heads: key-value heads G, a divisor of H; None means H.
         max_length: longest sequence the slot will see, in positions.
+        context_length: longest context in cross-attention; None means max_length.
         grid: rows, columns, ... when positions lie on an image.
         rotary_base: rotate q and k by position with this base (RoPE); None leaves them alone.
         layer, num_layers: index of this layer among those that the mechanism fills, and their number.
@@ -76,13 +77,14 @@ class LayerSpec:
     cross: bool = False
     num_kv_heads: int | None = None
     max_length: int = 2048
+    context_length: int | None = None
     grid: tuple[int, ...] | None = None
     rotary_base: float | None = None
     layer: int = 0
     num_layers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dim", "num_heads", "kv_heads", "num_layers", "max_length"):
+        for name in ("dim", "num_heads", "kv_heads", "num_layers", "max_length", "max_keys"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('kv_', 'num_kv_')} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.num_heads:
@@ -103,6 +105,11 @@ class LayerSpec:
     def kv_heads(self) -> int:
         """Key-value heads G."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def max_keys(self) -> int:
+        """The longest sequence of keys: of the context in cross-attention, else of the sequence itself."""
+        return self.context_length or self.max_length if self.cross else self.max_length
 
     @property
     def head_dim(self) -> int:
@@ -145,22 +152,35 @@ class Attention(nn.Module, ABC):
 
     A constructor takes the spec and its own hyper-parameters as keywords, never **kwargs.
 
+    Class attributes:
+        patterns: the slots that it can fill; impossible: for each of the others, why the mathematics forbids it.
+        paper: link to the source; "control" for what moves nothing between positions.
+        complexity: of all positions at once, per head and channel: T queries, S keys, and its own hyper-parameters.
+        selects: it chooses keys by sorting, top-k or hashing, so rounding may turn a choice over.
+        requires: what it needs beyond a CPU with torch, such as "CUDA"; None: nothing.
+        stepwise: why decoding differs from training by design; None: it does not.
+        full_budget: hyper-parameters for length T at which it is softmax attention; None: there are none.
+
     Raises:
-        UnsupportedPattern: at construction, when `spec.pattern` is not among `patterns`.
+        UnsupportedPattern: at construction, when `spec.pattern` is not among `patterns`; with the reason.
     """
 
     patterns: ClassVar[Pattern]
+    impossible: ClassVar[dict[Pattern, str]] = {}
     paper: ClassVar[str]
-    stepwise: ClassVar[str | None] = None  # why decoding differs from training by design; None: it does not
-    # hyper-parameters for length T at which it is softmax attention, for contract tests; None: there are none
+    complexity: ClassVar[str] = "not declared"
+    selects: ClassVar[bool] = False
+    requires: ClassVar[str | None] = None
+    stepwise: ClassVar[str | None] = None
     full_budget: ClassVar[Callable[..., dict[str, Any]] | None] = None
 
     def __init__(self, spec: LayerSpec):
         super().__init__()
         if spec.pattern not in self.patterns:
+            reasons = [why for pattern, why in self.impossible.items() if spec.pattern in pattern]
             raise UnsupportedPattern(
-                f"{type(self).__name__} is not defined for {spec.pattern.names()[0]} attention; "
-                f"it has: {', '.join(self.patterns.names())}"
+                f"{type(self).__name__} is not defined for {spec.pattern.names()[0]} attention"
+                f"{''.join(f' ({why})' for why in reasons)}; it has: {', '.join(self.patterns.names())}"
             )
         self.spec = spec
 
@@ -184,6 +204,13 @@ class Attention(nn.Module, ABC):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One position: x [B, 1, M] -> ([B, 1, M], next state). Never changes `state` in place."""
         raise UnsupportedPattern(f"{type(self).__name__} has no decode state")
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of one sequence's state after `length` positions (in cross-attention: of the context), by formula.
+
+        For a float32 layer and no mask. `State.nbytes` is the measured size; a contract test holds the two equal.
+        """
+        raise UnsupportedPattern(f"{type(self).__name__} declares no formula for its state: write state_bytes")
 
     def prefill(
         self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None

@@ -16,6 +16,7 @@ class NoAttention(Attention):
 
     patterns = Pattern.ALL
     paper = "control"
+    complexity = "0"
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
         return torch.zeros_like(x)
@@ -25,3 +26,6 @@ class NoAttention(Attention):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         return torch.zeros_like(x), State(position=state.position + x.shape[1])
+
+    def state_bytes(self, length: int) -> int:
+        return 0

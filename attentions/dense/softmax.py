@@ -35,6 +35,7 @@ class Softmax(QKVAttention):
 
     patterns = Pattern.ALL
     paper = "https://arxiv.org/abs/1706.03762"
+    complexity = "T S"
 
     def __init__(self, spec: LayerSpec, *, dropout: float = 0.0, bias: bool = False):
         super().__init__(spec, bias=bias)
@@ -86,6 +87,9 @@ class Softmax(QKVAttention):
             mask=mask,
             position=state.position + k.shape[1],
         )
+
+    def state_bytes(self, length: int) -> int:
+        return 4 * length * self.spec.kv_heads * (self.key_dim + self.value_dim)
 
     def read(self, q: Tensor, state: State) -> Tensor:
         assert isinstance(state, KVCache)

@@ -166,6 +166,7 @@ class Recurrent(QKVAttention):
         chunk_size: most positions of a chunk; changes speed only.
     """
 
+    complexity = "T"
     normalised: ClassVar[bool] = False
     chunk_size: int = 64
 
@@ -202,6 +203,9 @@ class Recurrent(QKVAttention):
         with torch.autocast(k.device.type, enabled=False):
             memory = write(state.memory, self.features(k), v, chunk_size=self.chunk_size, **terms)
         return dataclasses.replace(state, memory=memory, position=state.position + k.shape[1])
+
+    def state_bytes(self, length: int) -> int:
+        return 4 * self.empty_memory(1, self.out_proj.weight).numel()
 
     def read(self, q: Tensor, state: State) -> Tensor:
         assert isinstance(state, Memory)

@@ -61,6 +61,9 @@ class DeltaNet(Recurrent):
     def init_memory(self, batch_size: int, like: Tensor) -> DeltaState:
         return DeltaState(memory=self.empty_memory(batch_size, like), tail=self.conv.empty_tail(batch_size))
 
+    def state_bytes(self, length: int) -> int:
+        return super().state_bytes(length) + 4 * self.conv.empty_tail(1).numel()
+
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         q, state = self._advance(x, state)
         return self.merge(x, self.read(q, state)), state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ class SlidingWindow(Softmax):
     """
 
     patterns = Pattern.SELF
+    impossible: ClassVar = {Pattern.CROSS: "a window needs a distance, and queries and context share no positions"}
     paper = "https://arxiv.org/abs/2004.05150"
+    complexity = "T window"
     full_budget = staticmethod(lambda length: {"window": length})
 
     def __init__(self, spec: LayerSpec, *, window: int, dropout: float = 0.0, bias: bool = False):
@@ -50,3 +53,6 @@ class SlidingWindow(Softmax):
             v=cache.v[:, -self.window :].clone(),
             mask=None if cache.mask is None else cache.mask[:, -self.window :].clone(),
         )
+
+    def state_bytes(self, length: int) -> int:
+        return super().state_bytes(min(length, self.window))

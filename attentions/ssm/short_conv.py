@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -33,7 +34,9 @@ class ShortConv(Attention):
     """
 
     patterns = Pattern.SELF
+    impossible: ClassVar = {Pattern.CROSS: "a kernel needs a distance, and queries and context share no positions"}
     paper = "https://arxiv.org/abs/2312.04927"
+    complexity = "T kernel_size"
 
     def __init__(self, spec: LayerSpec, *, kernel_size: int = 3):
         super().__init__(spec)
@@ -48,6 +51,9 @@ class ShortConv(Attention):
         self, batch_size: int, context: Tensor | None = None, *, key_mask: Tensor | None = None
     ) -> ConvState:
         return ConvState(tail=self.conv.empty_tail(batch_size))
+
+    def state_bytes(self, length: int) -> int:
+        return 4 * self.conv.empty_tail(1).numel()
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, ConvState]:
         assert isinstance(state, ConvState)

@@ -116,7 +116,7 @@ def check_state_apart(factory: Factory, spec: LayerSpec) -> None:
 
 @torch.no_grad()
 def check_state_bytes(factory: Factory, spec: LayerSpec) -> str:
-    """`State.nbytes` counts every tensor held, and no view keeps the past alive; remark: float32 bytes per sequence."""
+    """`State.nbytes` counts every tensor held and equals the declared formula, and no view keeps the past alive."""
     module = build(factory, spec, dtype=torch.float32)
     reported, hidden = [], []
     for length in (64, 512):
@@ -128,6 +128,11 @@ def check_state_bytes(factory: Factory, spec: LayerSpec) -> str:
         tensors = [value for _, value in leaves(state) if isinstance(value, Tensor)]
         if (held := sum(tensor.nbytes for tensor in tensors)) != state.nbytes:
             raise ContractError(f"after {length} positions the state holds {held} bytes and reports {state.nbytes}")
+        declared = module.state_bytes(CONTEXT if spec.cross else length)
+        if declared != state.nbytes:
+            raise ContractError(
+                f"after {length} positions the state holds {state.nbytes} bytes, by state_bytes() {declared}"
+            )
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         reported.append(state.nbytes)
         hidden.append(sum(storages.values()) - state.nbytes)

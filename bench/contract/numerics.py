@@ -39,21 +39,26 @@ def check_gradients(factory: Factory, spec: LayerSpec) -> None:
 
 
 def check_precision(factory: Factory, spec: LayerSpec) -> str:
-    """float32 stays close to float64 and bfloat16 to float32; inputs a hundred times larger stay finite."""
+    """float32 stays close to float64 and bfloat16 to float32; inputs a hundred times larger stay finite.
+
+    Where the mechanism `selects`, rounding turns some choices over, and half of the positions must stay close.
+    """
     arguments = inputs(spec, COUNT)
     errors = {}
     for low, high, allowed in ((torch.float32, torch.float64, FLOAT32), (torch.bfloat16, torch.float32, BFLOAT16)):
-        rounded = build(factory, spec).to(low)
+        module = rounded = build(factory, spec).to(low)
         exact = copy.deepcopy(rounded).to(high)  # the same rounded weights: only the arithmetic differs
         output = run_layer(rounded, *(part.to(low) for part in arguments))
         expected = run_layer(exact, *(part.to(low).to(high) for part in arguments))
         if output.dtype != low:
             raise ContractError(f"x in {low} gives an output in {output.dtype}")
         require_finite(output, f"output in {low}")
-        scale = expected.double().norm().clamp_min(1e-30)
-        error = errors[low] = float((output.double() - expected.double()).norm() / scale)
+        size = expected.double().square().mean().sqrt().clamp_min(1e-30)
+        wrong = (output.double() - expected.double()).square().mean(-1)  # of each row and position
+        typical, words = (wrong.median(), "median") if module.selects else (wrong.mean(), "root mean square")
+        error = errors[low] = float(typical.sqrt() / size)
         if error > allowed:
-            raise ContractError(f"{low} is off by {error:.1e} (root mean square) from {high}; allowed: {allowed:.0e}")
+            raise ContractError(f"{low} is off by {error:.1e} ({words}) from {high}; allowed: {allowed:.0e}")
     module = build(factory, spec, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         require_finite(run_layer(module, *(part.float() for part in arguments)), "output under bfloat16 autocast")
