@@ -95,6 +95,7 @@ def check_heads(factory: Factory, spec: LayerSpec) -> None:
         module = build(factory, replace(spec, num_heads=heads, num_kv_heads=kv_heads))
         if not isinstance(module, QKVAttention):
             raise NotApplicable("it has no query, key and value heads")
+        kv_heads = module.spec.kv_heads  # a mechanism may bring its own number
         arguments = inputs(spec)
         with intercepted(module) as seen:
             run_layer(module, *arguments)
