@@ -161,13 +161,20 @@ class Recurrent(QKVAttention):
     or [B, S, G, K], and `beta` [B, S, G]. Grouped heads share a memory, hence also its terms. A masked position
     writes nothing, and a decay that depends on its content is skipped; a fixed decay counts positions and goes on.
 
+    Noncausal self-attention of an `ordered` member is bidirectional: the causal recurrence runs over the sequence from
+    either end with the same weights, and the two outputs are averaged. In cross-attention the context is written in
+    its order, once, and every query reads the memory at its end.
+
     Class attributes:
         normalised: divide by the summed features, phi(q).sum phi(k).
+        ordered: what is remembered depends on the order of writing (decay, delta rule); else it is one sum.
         chunk_size: most positions of a chunk; changes speed only.
     """
 
+    patterns = Pattern.ALL
     complexity = "T"
     normalised: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
     chunk_size: int = 64
 
     def features(self, heads: Tensor) -> Tensor:
@@ -176,10 +183,27 @@ class Recurrent(QKVAttention):
 
     score: ClassVar[Callable[..., Tensor] | None] = None  # phi(q).phi(k) as a function of q.k, where there is one
 
+    def heads(
+        self, x: Tensor, source: Tensor, key_mask: Tensor | None, backward: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v; `backward`: for the run from the end, which matters where neighbours enter them."""
+        return self.query(x), *self.key_value(source)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        source = self._source(x, context)
+        terms = self.terms(source)
+        heads = self.attend(*self.heads(x, source, key_mask), key_mask=key_mask, **terms)
+        if self.ordered and self.spec.pattern == Pattern.NONCAUSAL_SELF:
+            q, k, v = (y.flip(1) for y in self.heads(x, source, key_mask, backward=True))
+            terms = {name: y if y.dim() == 1 else y.flip(1) for name, y in terms.items()}  # a fixed decay has no order
+            mask = None if key_mask is None else key_mask.flip(1)
+            heads = (heads + self.attend(q, k, v, key_mask=mask, **terms).flip(1)) / 2
+        return self.merge(x, heads)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> Tensor:
         k, v, terms = self._prepare(k, v, key_mask, terms)
         with torch.autocast(q.device.type, enabled=False):
-            if self.spec.pattern != Pattern.CAUSAL_SELF:
+            if self.spec.cross or not (self.spec.causal or self.ordered):
                 empty = self.empty_memory(k.shape[0], k)
                 return self._read(q, write(empty, self.features(k), v, chunk_size=self.chunk_size, **terms))
             k, v = (repeat_heads(x, self.spec.num_heads) for x in (k, v))

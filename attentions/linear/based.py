@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from attentions.base import LayerSpec, Pattern
+from attentions.base import LayerSpec
 from attentions.linear._recurrence import Recurrent
 
 
@@ -26,7 +26,6 @@ class Based(Recurrent):
     with sliding windows and short convolutions; that is the row `based_hybrid`.
     """
 
-    patterns = Pattern.ALL
     paper = "https://arxiv.org/abs/2402.18668"
     normalised = True
     chunk_size = 128  # wide features make a longer chunk cheaper than another read of the memory

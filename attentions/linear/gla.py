@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attentions.base import LayerSpec, Pattern
+from attentions.base import LayerSpec
 from attentions.linear._recurrence import Recurrent, wide, width
 
 
@@ -23,11 +23,11 @@ class GatedLinearAttention(Recurrent):
 
     Source: Yang et al. 2023, https://arxiv.org/abs/2312.06635, section 4.4, eqs. 3 to 5; norm and absent biases as in
     the authors' code. Differs: the decay's bias is a parameter of its own, so that a backbone that re-initialises
-    Linear layers keeps its start.
+    Linear layers keeps its start; bidirectional and cross forms are ours.
     """
 
-    patterns = Pattern.CAUSAL_SELF
     paper = "https://arxiv.org/abs/2312.06635"
+    ordered = True
     chunk_size = 16  # scores with a decay per channel cost chunk * K multiplications per position, not a matrix product
 
     def __init__(

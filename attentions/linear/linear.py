@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attentions.base import Pattern
 from attentions.linear._recurrence import Recurrent
 
 
@@ -18,7 +17,6 @@ class Linear(Recurrent):
     Differs: where the backbone asks for rotary positions, they turn q and k before phi.
     """
 
-    patterns = Pattern.ALL
     paper = "https://arxiv.org/abs/2006.16236"
     normalised = True
 

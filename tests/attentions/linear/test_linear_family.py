@@ -15,9 +15,9 @@ MEMBERS = [Linear, Based, Retention, GatedLinearAttention, DeltaNet, GatedDeltaN
 B, T, M, H = 2, 37, 48, 6  # heads of width 8, keys of width 4 where halved
 
 
-def make(member, dtype=torch.float64, num_kv_heads=None, **keywords):
+def make(member, dtype=torch.float64, num_kv_heads=None, causal=True, **keywords):
     torch.manual_seed(1)
-    spec = LayerSpec(dim=M, num_heads=H, num_kv_heads=num_kv_heads, causal=True, **keywords)
+    spec = LayerSpec(dim=M, num_heads=H, num_kv_heads=num_kv_heads, causal=causal, **keywords)
     return member(spec).to(dtype)
 
 
@@ -115,7 +115,7 @@ def test_grouped_heads_share_one_memory(member):
     assert make(member, num_kv_heads=2).init_state(B).memory.shape[1] == 2
 
 
-@pytest.mark.parametrize("member", [Linear, Based])
+@pytest.mark.parametrize("member", MEMBERS)
 def test_cross_attention_decodes_from_the_context_written_once(member):
     layer, x, context = make(member, cross=True), stream(5), stream(23)
     mask = torch.arange(23).expand(B, -1) % 3 > 0
@@ -123,3 +123,14 @@ def test_cross_attention_decodes_from_the_context_written_once(member):
     for t in range(5):
         output, state = layer.step(x[:, t : t + 1], state)
         torch.testing.assert_close(output, want[:, t : t + 1], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("member", [member for member in MEMBERS if member.ordered])
+def test_rotary_positions_tell_a_bidirectional_sequence_from_its_reverse(member):
+    """Without positions the two runs merely swap; rotated q and k keep the sign of a distance in both."""
+    x = stream()
+    layer = make(member, causal=False, rotary_base=10000.0)
+    assert not torch.allclose(layer(x.flip(1)).flip(1), layer(x), rtol=1e-3, atol=1e-3)
+    if member is not Retention:  # which always rotates
+        layer = make(member, causal=False)
+        torch.testing.assert_close(layer(x.flip(1)).flip(1), layer(x), rtol=1e-9, atol=1e-10)
