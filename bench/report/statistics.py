@@ -27,9 +27,42 @@ def mean_interval(
 
     if len(values) < 2:
         return None
-    mean, variance = _moments(values)
+    mean, variance = moments(values)
     half = float(t.ppf((1 + level) / 2, len(values) - 1)) * math.sqrt(variance / len(values))
     return max(bounds[0], mean - half), min(bounds[1], mean + half)
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its squared standard error, which is NaN for one value."""
+    if len(values) < 2:
+        return float(values[0]), math.nan
+    mean, variance = moments(values)
+    return mean, variance / len(values)
+
+
+def sum_interval(
+    total: float, variances: Sequence[float], freedoms: Sequence[int], level: float = LEVEL
+) -> Interval | None:
+    """Interval of a sum of independent estimates; None when a variance is unknown (NaN) or there is nothing to sum.
+
+    Args:
+        total: the sum.
+        variances: squared standard error of each term, weights included.
+        freedoms: degrees of freedom of each variance.
+        level: confidence.
+
+    Source: Satterthwaite 1946, https://doi.org/10.2307/3002019. One term gives Student's interval.
+    """
+    from scipy.stats import t
+
+    error2 = math.fsum(variances)
+    if not variances or math.isnan(error2):
+        return None
+    if error2 == 0:
+        return total, total
+    freedom = error2**2 / math.fsum(v**2 / f for v, f in zip(variances, freedoms, strict=True) if v > 0)
+    half = float(t.ppf((1 + level) / 2, freedom)) * math.sqrt(error2)
+    return total - half, total + half
 
 
 def wilson_interval(successes: int, trials: int, level: float = LEVEL) -> Interval | None:
@@ -58,7 +91,7 @@ def welch_p(a: Sequence[float], b: Sequence[float]) -> float:
 
     if min(len(a), len(b)) < 2:
         return 1.0
-    (mean_a, variance_a), (mean_b, variance_b) = _moments(a), _moments(b)
+    (mean_a, variance_a), (mean_b, variance_b) = moments(a), moments(b)
     part_a, part_b = variance_a / len(a), variance_b / len(b)
     error = part_a + part_b
     if error == 0:
@@ -149,8 +182,8 @@ def edge(rate: float, grid: Sequence[float]) -> str | None:
     return "smallest" if rate == min(grid) else "largest"
 
 
-def _moments(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and unbiased variance; exact for equal values, whose mean may round away from them."""
+def moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and unbiased variance of two values or more; exact for equal values, whose mean may round away from them."""
     if min(values) == max(values):
         return float(values[0]), 0.0
     return float(np.mean(values)), float(np.var(values, ddof=1))
