@@ -53,6 +53,8 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
     import torch
     from hydra.utils import instantiate
 
+    from bench.backbones.base import pattern_of
+
     torch.set_num_threads(1)  # one process per core: threads that wait for each other lose more than they gain
     device = pick_device(cell.settings["device"])
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -98,6 +100,7 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
             wall_seconds=time.perf_counter() - clock,
             started_at=started,
             task=describe(task, cell),
+            pattern=None if backbone is None else pattern_of(backbone),
             environment={
                 **facts,
                 **environment.software(),
@@ -190,7 +193,7 @@ def replicate(
         for split in ("valid", "test"):
             outcome["scores"] += evaluate(model, task, data["splits"][split], budget).rows(split)
         try:
-            decoding = efficiency.decoding(model, task.spec.length, device)
+            decoding = efficiency.decoding(model, task.spec.length, device, task.spec.context_length)
         except UnsupportedPattern as error:
             outcome["efficiency"]["no_decoding"] = str(error)
             return outcome, result.history
@@ -247,6 +250,7 @@ def describe(task: Any, cell: Cell) -> dict[str, Any]:
         unit=metric.unit,
         higher_is_better=metric.higher_is_better,
         chance=task.spec.chance,
+        group=task.group,
     )
 
 

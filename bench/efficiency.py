@@ -25,14 +25,17 @@ class Decoding:
     length: int
 
 
-def decoding(model: Backbone, length: int, device: torch.device) -> Decoding:
-    """Decode `length` tokens at batch 1 in float32 and measure the state left behind."""
+def decoding(model: Backbone, length: int, device: torch.device, context_length: int | None = None) -> Decoding:
+    """Decode `length` tokens at batch 1 in float32 (over a context, if any) and measure the state left behind."""
     was_training = model.training
     model.eval()
     times = []
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with torch.no_grad():
-        state = model.init_state(1)
+        context = None
+        if context_length is not None:
+            context = torch.zeros(1, context_length, dtype=torch.int64, device=device)
+        state = model.init_state(1, context)
         for _ in range(length):
             started = time.perf_counter()
             _, state = model.step(token, state)

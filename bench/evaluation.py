@@ -9,7 +9,7 @@ import torch
 
 from bench.backbones.base import Backbone
 from bench.config import Budget
-from bench.program import autocast
+from bench.program import autocast, output_of
 from tasks.base import IGNORE, Batch, Score, Task
 
 
@@ -44,7 +44,7 @@ def evaluate(model: Backbone, task: Task, segments: Sequence[Batch], budget: Bud
             for start in range(0, len(segment), budget.eval_batch_size):
                 batch = segment.rows(slice(start, start + budget.eval_batch_size))
                 with autocast(budget, batch.inputs.device):
-                    output = model(batch.inputs, batch.positions, key_mask=batch.key_mask)
+                    output = output_of(model, batch)
                 predictions.append(task.predict(output))
                 losses.append(task.loss(output, batch) * (batch.targets != IGNORE).sum())
             labels = int((segment.targets != IGNORE).sum())

@@ -22,6 +22,17 @@ def autocast(budget: Budget, device: torch.device) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def output_of(model: Backbone, batch: Batch) -> Tensor:
+    """Logits [B, P, C] of a batch."""
+    return model(
+        batch.inputs,
+        batch.positions,
+        key_mask=batch.key_mask,
+        context=batch.context,
+        context_mask=batch.context_mask,
+    )
+
+
 def make_step(
     model: Backbone, task: Task, optimiser: torch.optim.Optimizer, budget: Budget, device: torch.device
 ) -> Step:
@@ -29,7 +40,7 @@ def make_step(
 
     def loss_of(batch: Batch) -> Tensor:
         with autocast(budget, device):
-            output = model(batch.inputs, batch.positions, key_mask=batch.key_mask)
+            output = output_of(model, batch)
         return task.loss(output, batch)
 
     forward = torch.compile(loss_of, dynamic=False) if budget.program == "compiled" else loss_of

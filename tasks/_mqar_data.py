@@ -78,10 +78,13 @@ CHUNK = 2**17  # tokens drawn at a time: temporaries stay in cache; part of the 
 
 def clean(segment: Segment, vocab_size: int, power_a: float, rng: np.random.Generator) -> Batch:
     """A segment by our vectorised law; see `MQAR` for the filler."""
-    return assemble(segment, vocab_size, _clean_chunks(segment, vocab_size, power_a, rng))
+    return assemble(segment, vocab_size, clean_rows(segment, vocab_size, power_a, rng))
 
 
-def _clean_chunks(segment: Segment, vocab_size: int, power_a: float, rng: np.random.Generator) -> Iterator[Rows]:
+def clean_rows(
+    segment: Segment, vocab_size: int, power_a: float, rng: np.random.Generator, *, distinct_values: bool = True
+) -> Iterator[Rows]:
+    """Rows of our law, a chunk at a time; without `distinct_values` one value says nothing of the others."""
     pairs, half = segment.num_pairs, vocab_size // 2
     weights = segment.slot_weights(power_a)
     height = max(1, CHUNK // max(segment.length, vocab_size // 8))
@@ -89,7 +92,7 @@ def _clean_chunks(segment: Segment, vocab_size: int, power_a: float, rng: np.ran
     for start in range(0, segment.num_examples, height):
         n = min(height, segment.num_examples - start)
         keys = 1 + distinct(rng, n, pairs, half - 1)
-        values = half + distinct(rng, n, pairs, half)
+        values = half + (distinct(rng, n, pairs, half) if distinct_values else rng.integers(half, size=(n, pairs)))
         slots = race(rng, n, weights)[:, :pairs]
         np.put_along_axis(is_key[:n], keys, True, 1)
         filler = _filler(rng, is_key[:n], segment.length - segment.context, token_dtype(vocab_size, segment.length))

@@ -86,6 +86,20 @@ def _read(where: str, given: object, vocab_size: int, published: bool) -> Segmen
     return segment
 
 
+def read_vocabulary(vocab_size: object, power_a: object) -> None:
+    """Refuse a vocabulary that has no halves, or an exponent without a law of slots."""
+    whole("vocab_size", vocab_size, 4)
+    assert isinstance(vocab_size, int)
+    if vocab_size % 2 or vocab_size > MAX_VOCAB:
+        evens = f"{vocab_size - 1}, {vocab_size + 1}" if vocab_size < MAX_VOCAB else MAX_VOCAB
+        raise ValueError(
+            f"vocab_size must be even (half keys, half values) and at most {MAX_VOCAB}, got {vocab_size}; "
+            f"nearest: {evens}"
+        )
+    if isinstance(power_a, bool) or not isinstance(power_a, (int, float)) or not 0 < power_a <= 10:
+        raise ValueError(f"power_a must be a number above 0 and at most 10, got {power_a!r}; published: 0.01")
+
+
 def whole(name: str, value: object, least: int) -> None:
     """Refuse what is not a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -35,6 +35,13 @@ class PerToken:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerSequence:
+    """One class out of `num_classes` for the sequence as a whole; targets are [B, 1], positions do not matter."""
+
+    num_classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metric:
     """Unit and direction of a metric."""
 
@@ -51,25 +58,27 @@ class TaskSpec:
         output: what is predicted.
         length: longest input of any split, in positions.
         causal: predictions at t may use inputs <= t only.
-        context: a second sequence for cross-attention, or None.
+        context: a second sequence, all of it visible, for cross-attention; None: there is none.
+        context_length: the longest context.
         metrics: name -> unit and direction.
         primary: the metric that ranks, a key of `metrics`.
         chance: value of `primary` that guessing gives, the floor line.
     """
 
     inputs: Tokens
-    output: PerToken
+    output: PerToken | PerSequence
     length: int
     causal: bool
     metrics: Mapping[str, Metric]
     primary: str
     chance: float
     context: Tokens | None = None
+    context_length: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Examples of one length, or a whole segment of them.
+    """Examples of one length, or padded to one; or a whole segment of them.
 
     Args:
         inputs: [B, L] token ids.
@@ -77,6 +86,7 @@ class Batch:
         targets: [B, P] class at each labelled position, or IGNORE.
         slices: name -> [B] or [B, P] integer values to report scores by (pairs, length, distance, ...).
         key_mask: [B, L] bool, True at real tokens; None: no padding.
+        context: [B, S] token ids of the second sequence; context_mask [B, S]: as key_mask.
     """
 
     inputs: Tensor
@@ -84,6 +94,8 @@ class Batch:
     targets: Tensor
     slices: Mapping[str, Tensor] = field(default_factory=dict)
     key_mask: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -95,7 +107,10 @@ class Batch:
             positions=function(self.positions),
             targets=function(self.targets),
             slices={name: function(value) for name, value in self.slices.items()},
-            key_mask=None if self.key_mask is None else function(self.key_mask),
+            **{
+                name: None if (value := getattr(self, name)) is None else function(value)
+                for name in ("key_mask", "context", "context_mask")
+            },
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -113,8 +128,9 @@ class Batch:
         return full
 
     def sha256(self) -> dict[str, str]:
-        """Hashes of inputs and labels as little-endian int64 buffers in C order."""
-        return {"inputs": sha256(self.inputs), "labels": sha256(self.labels())}
+        """Hashes of inputs, labels and the context, if any, as little-endian int64 buffers in C order."""
+        hashes = {"inputs": sha256(self.inputs), "labels": sha256(self.labels())}
+        return hashes if self.context is None else {**hashes, "context": sha256(self.context)}
 
 
 def sha256(tensor: Tensor) -> str:
@@ -142,11 +158,13 @@ class Task(ABC):
         version: bumped when data or scoring change; part of a run's identity.
         name: first half of the id; `protocol` (which published variant) is the second.
         seeded: whether data depend on the seed; a published data set is the same for all.
+        group: name of the boards that are read together with this task's, such as the four patterns of one memory.
     """
 
     version: ClassVar[int]
     name: ClassVar[str]
     seeded: bool = True
+    group: ClassVar[str | None] = None
     protocol: str
     spec: TaskSpec
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tasks import _mqar_data
-from tasks._mqar_segments import MAX_VOCAB, read_segments, whole
-from tasks.base import IGNORE, SPLITS, Batch, Metric, PerToken, Score, Task, TaskSpec, Tokens
+from tasks._batches import in_order, merge, shuffled
+from tasks._mqar_segments import read_segments, read_vocabulary, whole
+from tasks._recall_scores import recall_scores
+from tasks.base import SPLITS, Batch, Metric, PerToken, Score, Task, TaskSpec, Tokens
 
 PROTOCOLS = "clean", "zoology_iclr24", "based_mix"
 
@@ -76,15 +76,7 @@ class MQAR(Task):
         if protocol not in PROTOCOLS:
             near = difflib.get_close_matches(str(protocol), PROTOCOLS, n=1, cutoff=0.0)[0]
             raise ValueError(f'unknown protocol "{protocol}"; nearest: {near}. All of them: {", ".join(PROTOCOLS)}')
-        whole("vocab_size", vocab_size, 4)
-        if vocab_size % 2 or vocab_size > MAX_VOCAB:
-            evens = f"{vocab_size - 1}, {vocab_size + 1}" if vocab_size < MAX_VOCAB else MAX_VOCAB
-            raise ValueError(
-                f"vocab_size must be even (half keys, half values) and at most {MAX_VOCAB}, got {vocab_size}; "
-                f"nearest: {evens}"
-            )
-        if isinstance(power_a, bool) or not isinstance(power_a, (int, float)) or not 0 < power_a <= 10:
-            raise ValueError(f"power_a must be a number above 0 and at most 10, got {power_a!r}; published: 0.01")
+        read_vocabulary(vocab_size, power_a)
         self.protocol, self.vocab_size, self.power_a = protocol, vocab_size, float(power_a)
         self._segments = {
             split: read_segments(split, given, vocab_size, published=protocol != "clean")
@@ -149,19 +141,12 @@ class MQAR(Task):
         """One epoch, every example once; the order of examples and lengths is the generator's (see the protocols)."""
         whole("batch_size", batch_size, 1)
         if generator is None or self.protocol == "based_mix":
-            for segment in segments:
-                for start in range(0, len(segment), batch_size):
-                    yield segment.rows(slice(start, start + batch_size))
+            yield from in_order(segments, batch_size)
             return
         by_length: dict[int, list[Batch]] = {}
         for segment in segments:
             by_length.setdefault(segment.inputs.shape[1], []).append(segment)
-        pools = [_merge(group) for group in by_length.values()]
-        orders = [torch.randperm(len(pool), generator=generator).to(pool.inputs.device) for pool in pools]
-        plan = [(pool, rows) for pool, order in zip(pools, orders, strict=True) for rows in order.split(batch_size)]
-        for i in torch.randperm(len(plan), generator=generator).tolist():
-            pool, rows = plan[i]
-            yield pool.rows(rows)
+        yield from shuffled([merge(group) for group in by_length.values()], batch_size, generator)
 
     # -- scoring ----------------------------------------------------------------------------------
 
@@ -172,54 +157,4 @@ class MQAR(Task):
         queries): `distance` from the key's first position to its query, and `order` of the query in the sequence,
         both in ranges of powers of two ("16-31").
         """
-        shape = segment.targets.shape
-        if predictions.shape != shape:
-            raise ValueError(
-                f"predictions must be [N, P] = {list(shape)} like the targets, got {list(predictions.shape)}"
-            )
-        labelled = segment.targets != IGNORE
-        correct = (predictions == segment.targets) & labelled
-        per_example = correct.sum(1).double() / labelled.sum(1)
-        scores = [Score(metric="accuracy", value=per_example.mean().item(), count=len(segment))]
-        length, pairs = segment.slices["length"].long(), segment.slices["pairs"].long()
-        scores += _by("segment", length << 32 | pairs, per_example, lambda cell: f"{cell >> 32}x{cell & 0xFFFFFFFF}")
-        scores += _by("length", length, per_example, str)
-        scores += _by("pairs", pairs, per_example, str)
-        powers = 2 ** torch.arange(1 + int(math.log2(self.spec.length)))
-        for name in ("distance", "order"):
-            bucket = torch.bucketize(segment.slices[name][labelled].long(), powers, right=True)
-            scores += _by(name, bucket, correct[labelled].double(), _power_range)
-        return scores
-
-
-def _by(key: str, group: Tensor, value: Tensor, label: Callable[[int], str]) -> list[Score]:
-    """Mean of value [n] in each group [n]."""
-    groups, member, count = group.unique(return_inverse=True, return_counts=True)
-    mean = torch.bincount(member, weights=value) / count
-    return [
-        Score(metric="accuracy", value=m, count=c, slice=(key, label(g)))
-        for g, m, c in zip(groups.tolist(), mean.tolist(), count.tolist(), strict=True)
-    ]
-
-
-def _power_range(bucket: int) -> str:
-    """Bucket b > 0 holds 2^(b-1) .. 2^b - 1; bucket 0 holds 0."""
-    first, last = 2**bucket // 2, 2**bucket - 1
-    return str(first) if first == last else f"{first}-{last}"
-
-
-def _merge(segments: Sequence[Batch]) -> Batch:
-    """Segments of one length as one, labelled positions padded to the widest: target IGNORE, all else 0."""
-    if len(segments) == 1:
-        return segments[0]
-    width = max(segment.targets.shape[1] for segment in segments)
-
-    def joined(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
-        return torch.cat([t if t.dim() == 1 else F.pad(t, (0, width - t.shape[1]), value=fill) for t in tensors])
-
-    return Batch(
-        inputs=torch.cat([segment.inputs for segment in segments]),
-        positions=joined([segment.positions for segment in segments]),
-        targets=joined([segment.targets for segment in segments], IGNORE),
-        slices={name: joined([segment.slices[name] for segment in segments]) for name in segments[0].slices},
-    )
+        return recall_scores(predictions, segment)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attentions.base import Attention, LayerSpec, Pattern, State
+from attentions.base import Attention, LayerSpec, Pattern, State, UnsupportedPattern
 from bench.backbones.initialise import initialise, stream
 from tasks.base import TaskSpec
 
@@ -25,10 +25,11 @@ class DecodeState(State):
 
 
 class Backbone(nn.Module, ABC):
-    """Inputs [B, L] to logits [B, P, C] at the labelled positions.
+    """Inputs [B, L], and a context [B, S] where the task has one, to logits [B, P, C] at the labelled positions.
 
     Class attributes:
-        slots: name -> pattern of every place where an attention stands.
+        slots: name -> pattern of every place where the mechanism under test can stand; with several, the keyword
+            `slot` says which one it fills.
 
     Attributes:
         num_layers: depth; initialisation: see `bench.backbones.initialise`.
@@ -39,16 +40,27 @@ class Backbone(nn.Module, ABC):
     initialisation: str
 
     @abstractmethod
-    def forward(self, inputs: Tensor, positions: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
-        """Logits at `positions` [B, P], or everywhere when None."""
+    def forward(
+        self,
+        inputs: Tensor,
+        positions: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits at `positions` [B, P], or everywhere when None; one per sequence where the task asks for that.
 
-    @abstractmethod
-    def init_state(self, batch_size: int) -> DecodeState:
+        Masks are True at real tokens of the inputs and of the context.
+        """
+
+    def init_state(self, batch_size: int, context: Tensor | None = None) -> DecodeState:
         """The decode state before the first token."""
+        raise UnsupportedPattern(f"backbone {type(self).__name__} is noncausal and does not decode")
 
-    @abstractmethod
     def step(self, inputs: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
         """One token [B, 1] -> logits [B, 1, C] and the next state."""
+        raise UnsupportedPattern(f"backbone {type(self).__name__} is noncausal and does not decode")
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Sums over layers of what the attentions return."""
@@ -63,6 +75,13 @@ class Backbone(nn.Module, ABC):
     def num_parameters(self) -> int:
         """Trainable parameters, shared ones once."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def pattern_of(backbone: Callable[..., Backbone]) -> str | None:
+    """The pattern of the slot under test, such as "causal self", of a backbone class with its keywords; or None."""
+    slots = getattr(getattr(backbone, "func", backbone), "slots", {})
+    slot = getattr(backbone, "keywords", {}).get("slot", next(iter(slots)) if len(slots) == 1 else None)
+    return slots[slot].names()[0] if slot in slots else None
 
 
 def build(backbone: Callable[[TaskSpec, Factory], Backbone], spec: TaskSpec, attention: Factory, seed: int) -> Backbone:

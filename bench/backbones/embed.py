@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tasks.base import TaskSpec
+from tasks.base import Tokens
 
 POSITIONS = ("none", "learned", "rotary")
 
@@ -14,16 +14,31 @@ class TokenEmbedding(nn.Module):
     """Token ids [B, L] -> [B, L, M], plus a learned position where asked; rotary positions live in the attention.
 
     Args:
-        spec: gives the vocabulary and the longest input.
+        inputs: gives the vocabulary.
+        length: longest input.
         dim: width M.
         positions: none, learned or rotary.
         dropout: after the sum.
+        shared: token embeddings of another stream, used instead of own ones.
     """
 
-    def __init__(self, spec: TaskSpec, dim: int, positions: str, dropout: float):
+    def __init__(
+        self,
+        inputs: Tokens,
+        length: int,
+        dim: int,
+        positions: str,
+        dropout: float,
+        shared: nn.Embedding | None = None,
+    ):
         super().__init__()
-        self.tokens = nn.Embedding(spec.inputs.vocab_size, dim)
-        self.positions = nn.Embedding(spec.length, dim) if positions == "learned" else None
+        if shared is not None and shared.num_embeddings != inputs.vocab_size:
+            raise ValueError(
+                f"inputs and context share an embedding and need one vocabulary, got {shared.num_embeddings} "
+                f"and {inputs.vocab_size}"
+            )
+        self.tokens = nn.Embedding(inputs.vocab_size, dim) if shared is None else shared
+        self.positions = nn.Embedding(length, dim) if positions == "learned" else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, inputs: Tensor, start: int = 0) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from tasks.base import TaskSpec
+from tasks.base import PerSequence, TaskSpec
+
+POOLINGS = ("mean", "first", "last")
 
 
 def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -37,5 +40,38 @@ class TokenHead(nn.Module):
                 )
             self.project.weight = tied.weight
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
         return self.project(self.norm(at_positions(x, positions)))
+
+
+class SequenceHead(nn.Module):
+    """One prediction [B, 1, C] for the whole sequence: pooled over its unmasked positions, normed and projected.
+
+    Args:
+        spec: gives the number of classes.
+        dim: width M.
+        pooling: mean, first or last unmasked position.
+    """
+
+    def __init__(self, spec: TaskSpec, dim: int, pooling: str):
+        super().__init__()
+        self.pooling = pooling
+        self.norm = nn.LayerNorm(dim)
+        self.project = nn.Linear(dim, spec.output.num_classes)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+        seen = torch.ones_like(x[..., 0], dtype=torch.bool) if key_mask is None else key_mask
+        if self.pooling == "mean":
+            total = x.masked_fill(~seen[..., None], 0.0).sum(1, keepdim=True)
+            pooled = total / seen.sum(1).clamp_min(1)[:, None, None]
+        else:
+            order = torch.arange(x.shape[1], device=x.device)
+            order = order if self.pooling == "first" else order.flip(0)
+            place = order.masked_fill(~seen, x.shape[1]).argmin(1, keepdim=True)
+            pooled = at_positions(x, place)
+        return self.project(self.norm(pooled))
+
+
+def make_head(spec: TaskSpec, dim: int, pooling: str, tied: nn.Embedding | None) -> TokenHead | SequenceHead:
+    """The head of a task's output; one label per sequence has classes of its own, so nothing is tied."""
+    return SequenceHead(spec, dim, pooling) if isinstance(spec.output, PerSequence) else TokenHead(spec, dim, tied)

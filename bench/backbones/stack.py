@@ -1,0 +1,115 @@
+"""A stack of layers over one sequence: what decoder and encoder share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from attentions.base import Pattern
+from bench.backbones.base import Backbone, Factory
+from bench.backbones.embed import POSITIONS, TokenEmbedding
+from bench.backbones.heads import POOLINGS, make_head
+from bench.backbones.initialise import INITIALISATIONS
+from bench.backbones.layers import STATE_MIXERS, Layer, alternating, check_settings, slot_spec
+from bench.errors import UserError
+from tasks.base import TaskSpec
+
+
+class Stack(Backbone):
+    """x <- x + attention(LN(x)); x <- x + state_mixer(LN(x)); after the last layer LN and the head.
+
+    Args:
+        task: inputs, classes and the longest input.
+        attention: makes the layer of a slot.
+        dim, num_layers, num_heads, num_kv_heads: M, depth, H, G.
+        positions: none, learned (absolute) or rotary.
+        state_mixer: mlp (GELU, width mlp_ratio * dim); none; zoology_identity, which adds LN(x) itself to the
+            stream: what `state_mixer=Identity` does in Zoology, and needed to reproduce its cells.
+        mlp_ratio: width of the MLP in units of dim; 0 means no MLP.
+        pooling: what a task with one label per sequence reads: mean (over unmasked positions), first or last.
+        tied_embeddings: the head shares the token embedding.
+        embedding_dropout, residual_dropout: after the embedding; on every branch before it joins the stream.
+        initialisation: scaled_normal or native, see `bench.backbones.initialise`.
+        alternate_with: a second mechanism for layers 0, 2, 4, ...; the mechanism under test then fills 1, 3, 5, ...
+    """
+
+    pattern: ClassVar[Pattern]
+
+    def __init__(
+        self,
+        task: TaskSpec,
+        attention: Factory,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        positions: str = "none",
+        state_mixer: str = "mlp",
+        mlp_ratio: float = 4,
+        pooling: str = "mean",
+        tied_embeddings: bool = True,
+        embedding_dropout: float = 0.0,
+        residual_dropout: float = 0.0,
+        initialisation: str = "scaled_normal",
+        alternate_with: Factory | None = None,
+    ):
+        super().__init__()
+        if task.context is not None:
+            raise UserError(
+                f"backbone {type(self).__name__.lower()} reads one sequence and the task has a context; "
+                "type backbone=cross or backbone=encoder_decoder"
+            )
+        if task.causal and self.pattern == Pattern.NONCAUSAL_SELF:
+            raise UserError(
+                f"backbone {type(self).__name__.lower()} reads the whole sequence and the task forbids looking ahead; "
+                "type backbone=decoder"
+            )
+        check_settings(
+            dim=dim,
+            words={
+                "positions": (positions, POSITIONS),
+                "state_mixer": (state_mixer, STATE_MIXERS),
+                "pooling": (pooling, POOLINGS),
+                "initialisation": (initialisation, INITIALISATIONS),
+            },
+            rates={"embedding_dropout": embedding_dropout, "residual_dropout": residual_dropout},
+            depths={},
+        )
+        self.num_layers = num_layers
+        self.initialisation = initialisation
+        self.embedding = TokenEmbedding(task.inputs, task.length, dim, positions, embedding_dropout)
+        layers = []
+        for factory, index, count in alternating(attention, alternate_with, num_layers):
+            spec = slot_spec(
+                task,
+                self.pattern,
+                dim=dim,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                positions=positions,
+                layer=index,
+                num_layers=count,
+            )
+            layers.append(Layer(dim, factory(spec), state_mixer, mlp_ratio, residual_dropout))
+        self.layers = nn.ModuleList(layers)
+        self.head = make_head(task, dim, pooling, self.embedding.tokens if tied_embeddings else None)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        positions: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        x = self.embedding(inputs)
+        for layer in self._stack():
+            x = layer(x, key_mask)
+        return self.head(x, positions, key_mask)
+
+    def _stack(self) -> Iterator[Layer]:
+        return (layer for layer in self.layers if isinstance(layer, Layer))
