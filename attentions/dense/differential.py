@@ -21,8 +21,8 @@ class Differential(Softmax):
 
     Each of the spec's H heads is one differential head: its q and k of width D are two halves of width d = D / 2, its
     v keeps width D. (The paper counts the same way: a transformer with heads of width d has twice as many.) So the
-    layer has softmax attention's parameters and 3 D more for lambda and the norm: +1 % at M = 32, H = 2. The four lambda
-    vectors are shared by the heads of a layer; `layer` counts the differential layers from 0 (the paper's l - 1).
+    layer has softmax attention's parameters and 3 D more for lambda and the norm: +1 % at M = 32, H = 2. The four
+    lambda vectors are shared by a layer's heads; `layer` counts the differential layers from 0 (the paper's l - 1).
     Rotary positions turn each half on its own, so D must then be a multiple of 4. Grouped heads share both halves of k
     and v. A query that sees no key reads zero in both maps.
 
