@@ -84,7 +84,7 @@ class Longformer(Softmax):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> Tensor:
         real = k.new_ones(k.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
-        heads = self._per_dilation(lambda dilation, *qkv: self._banded(*qkv, real, dilation), q, k, v)
+        heads = self._per_dilation(lambda dilation, q, k, v: self._banded(q, k, v, real, dilation), q, k, v)
         if self.spec.causal or not self.num_global:
             return heads
         q = terms.get("q_global", q[:, : self.num_global])
