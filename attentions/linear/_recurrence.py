@@ -44,7 +44,7 @@ def scan(
     """Every output of a causal sequence, from an empty memory.
 
     Args:
-        q, k: [B, T, H, K]; v: [B, T, H, V].
+        q, k: [B, T, H, K], or [B, T, 1, K] where all heads share them; v: [B, T, H, V].
         log_decay: [B, T, H] or [B, T, H, K], at most 0.
         beta: write strength of the delta rule, [B, T, H].
         chunk_size: most positions of a chunk; the result does not depend on it.
@@ -70,7 +70,7 @@ def scan(
         query = q if g is None else q * g.exp()
         if w is not None:
             query = query - scores @ w
-        empty = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+        empty = k.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
         before = _memories(empty, k, u, w, g)[:-1]
         output = output + query @ torch.stack(before, dim=2)
     return output.flatten(2, 3)[:, :, :length].transpose(1, 2)
@@ -261,6 +261,12 @@ class Recurrent(QKVAttention):
 def width(spec: LayerSpec, expand: float) -> int:
     """Width of one head: `expand` times M / H, rounded down, at least 1."""
     return max(1, int(expand * spec.head_dim))
+
+
+def step_bias(count: int) -> Tensor:
+    """b [count] with softplus(b) log-uniform in [0.001, 0.1]: how Mamba-2 and its heirs start the step of a decay."""
+    step = torch.exp(math.log(0.001) + math.log(100) * torch.rand(count))
+    return step + torch.log(-torch.expm1(-step))
 
 
 def wide(x: Tensor) -> Tensor:

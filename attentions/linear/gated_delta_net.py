@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attentions.base import LayerSpec
-from attentions.linear._recurrence import wide
+from attentions.linear._recurrence import step_bias, wide
 from attentions.linear.delta_net import DeltaNet
 
 
@@ -33,8 +31,7 @@ class GatedDeltaNet(DeltaNet):
     def __init__(self, spec: LayerSpec, *, expand_k: float = 0.5, expand_v: float = 1.0, conv_size: int = 4):
         super().__init__(spec, expand_k=expand_k, expand_v=expand_v, conv_size=conv_size)
         self.A_log = nn.Parameter((16 * (1 - torch.rand(spec.kv_heads))).log())
-        step = torch.exp(math.log(0.001) + math.log(100) * torch.rand(spec.kv_heads))
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
+        self.dt_bias = nn.Parameter(step_bias(spec.kv_heads))
         self.decay_proj = nn.Linear(spec.dim, spec.kv_heads, bias=False)
         self.gate_proj = nn.Linear(spec.dim, spec.num_heads * self.value_dim, bias=False)
 
