@@ -6,19 +6,18 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-TASK   ?= mqar
 SUITE  ?= recall
 DEVICE ?= auto
 
 # only what was set on the command line is handed on; the rest is the suite's
-CHOICES := $(if $(ATTENTION),attention=$(ATTENTION)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
+CHOICES := $(if $(TASK),task=$(TASK)) $(if $(PATTERN),pattern=$(PATTERN)) $(if $(ATTENTION),attention=$(ATTENTION)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
 	$(if $(BUDGET),budget=$(BUDGET)) $(if $(SEEDS),'seed=range($(SEEDS))') $(if $(RESULTS),results=$(RESULTS)) $(ARGS)
 
 .PHONY: help setup bench report list test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
-	@echo "  settings: TASK=$(TASK) ATTENTION=softmax,based BACKBONE=decoder BUDGET=small SEEDS=3 DEVICE=cpu RESULTS=folder ARGS='key=value ...'"
+	@echo "  settings: TASK=mqar PATTERN=causal_cross SUITE=$(SUITE) ATTENTION=softmax,based BACKBONE=decoder BUDGET=small SEEDS=3 DEVICE=cpu RESULTS=folder ARGS='key=value ...'"
 
 setup: .venv/.ready  ## make .venv from requirements.lock (done by every other target when needed)
 
@@ -29,7 +28,7 @@ setup: .venv/.ready  ## make .venv from requirements.lock (done by every other t
 	@touch $@
 
 bench: setup  ## train and rank the mechanisms of a suite on a task: make bench TASK=mqar
-	@$(PY) -m bench suite=$(SUITE) task=$(TASK) device=$(DEVICE) $(CHOICES)
+	@$(PY) -m bench suite=$(SUITE) device=$(DEVICE) $(CHOICES)
 
 report: setup  ## rebuild tables, plots and leaderboards from the records alone
 	@$(PY) -m bench.report $(if $(RESULTS),--results $(RESULTS))

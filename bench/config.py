@@ -18,7 +18,8 @@ from bench.errors import UserError, nearest, unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-GROUPS = ("task", "backbone", "attention", "budget", "suite")
+GROUPS = ("task", "backbone", "attention", "budget", "pattern", "suite")
+OPTIONAL = ("pattern", "suite")  # may be null
 PARTS = ("task", "backbone", "attention", "budget")  # the groups that make a cell
 SETTINGS = ("device", "jobs", "results", "retry", "plugins")  # of a run; no result depends on them
 TOP = (*GROUPS, *SETTINGS, "seed")
@@ -241,7 +242,7 @@ def check_overrides(overrides: Sequence[str], config_dir: str | None = None) -> 
             raise UserError(f'"{text}": nothing can be taken out of a run; choose another value with {key}=VALUE')
         if key in GROUPS:
             for name in _names(override):
-                if not (isinstance(name, str) and NAME.fullmatch(name)) and (name is not None or key != "suite"):
+                if not (isinstance(name, str) and NAME.fullmatch(name)) and (name is not None or key not in OPTIONAL):
                     raise unknown(key, str(name), options(key, config_dir), _all_of(key))
         if top == "hydra" and (not HYDRA.fullmatch(key) or "_target_" in text or "${" in text):
             raise UserError(

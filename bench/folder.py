@@ -43,7 +43,7 @@ def check(folder: Path, ours: Path, check_override: Callable[[str], None]) -> No
             raise UserError(f"cannot read {path}: {error}") from error
         if where.parts[0] == "hydra" or not isinstance(content, Mapping):
             raise UserError(
-                f"{path}: a file must describe a task, backbone, attention, budget or suite as `key: value`"
+                f"{path}: a file must describe a task, backbone, attention, budget, pattern or suite as `key: value`"
             )
         for package in re.findall(r"^\s*#\s*@package(.*)", text, re.MULTILINE):
             if package.strip() != "_global_":

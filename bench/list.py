@@ -122,7 +122,19 @@ def suites(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
     return [{"suite": name, "what": comment(path)} for name, path in files.items()]
 
 
-TABLES = dict(attentions=attentions, tasks=tasks, backbones=backbones, budgets=budgets, suites=suites)
+def patterned(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
+    """One row per pattern: the task and the backbone that it chooses."""
+    rows = []
+    for name, path in files.items():
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        chosen = {key.removeprefix("override /"): value for entry in config["defaults"] for key, value in entry.items()}
+        rows.append({"pattern": name, **chosen, "what": comment(path)})
+    return rows
+
+
+TABLES = dict(
+    attentions=attentions, tasks=tasks, backbones=backbones, budgets=budgets, patterns=patterned, suites=suites
+)
 
 
 def main() -> None:
