@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from bench.report import wording
-from bench.report.leaderboard import FLOOR, Board
+from bench.report.leaderboard import FLOORS, Board
 
 DPI = 150
 # Okabe and Ito 2008, colours that all kinds of colour vision tell apart; yellow is left out: too pale on white
@@ -42,8 +42,8 @@ STYLE = {
 
 
 def looks(board: Board) -> dict[str, tuple[str, str]]:
-    """(colour, marker) of every mechanism, equal in all plots of a board; softmax is black, the floor grey."""
-    fixed = {"softmax": ("#000000", "o"), FLOOR: (GREY, "x")}
+    """(colour, marker) of every mechanism, equal in all plots of a board; softmax is black, the floors grey."""
+    fixed = {"softmax": ("#000000", "o"), **{name: (GREY, mark) for name, mark in zip(FLOORS, "x+*", strict=True)}}
     others = [name for name in sorted(board.runs["attention"].unique()) if name not in fixed]
     return {
         **fixed,

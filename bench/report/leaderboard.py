@@ -14,7 +14,12 @@ import pandas as pd
 from bench.report import SOLVED, rows
 from bench.report.frames import Frames
 
-FLOOR = "none"  # the row of the network without attention
+# rows that choose nothing by content, and what each leaves over; a task that one of them solves needs no attention
+FLOORS = {
+    "none": "the network without attention",
+    "uniform": "the mean of all visible values",
+    "short_conv": "local mixing only",
+}
 
 
 class Key(NamedTuple):

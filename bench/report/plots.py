@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bench.report import figure as f
 from bench.report import wording
-from bench.report.leaderboard import FLOOR, Board, slice_order
+from bench.report.leaderboard import FLOORS, Board, slice_order
 
 
 def by_segment(board: Board) -> Figure | None:
@@ -76,7 +76,7 @@ def _column(ax: Axes, numbers: np.ndarray, left: float, norm: Normalize, board: 
 def against_state(board: Board) -> Figure | None:
     """Test metric against measured state bytes, with intervals and floor lines."""
     rows = [r for r in board.table.to_dict("records") if not wording.missing(r["test_mean"] + r["state_bytes"])]
-    drawn = [row for row in rows if row["attention"] != FLOOR]
+    drawn = [row for row in rows if row["attention"] not in FLOORS]
     if not drawn:
         return None
     figure = f.new(7.5, 5.2, board, f"{board.metric.capitalize()} on test against the state that decoding carries")
@@ -107,25 +107,30 @@ def against_state(board: Board) -> Figure | None:
         xlabel=f"measured state of one sequence{after}, all layers (bytes, log scale)",
         ylabel=f"test {wording.metric(board)}",
     )
-    _floors(ax, board, rows)
+    _floors(ax, board)
     f.label_points(ax, labels)
     return figure
 
 
-def _floors(ax: Axes, board: Board, rows: Sequence[dict]) -> None:
-    """Lines for guessing and for the network without attention; one name for both when they are close."""
-    levels = {"chance": board.measure.chance}
-    levels.update({f"{FLOOR} (no attention)": row["test_mean"] for row in rows if row["attention"] == FLOOR})
+def _floors(ax: Axes, board: Board) -> None:
+    """Lines for guessing and for the floors; lines that are close share one label, at the highest of them."""
+    means = board.table.set_index("attention")["test_mean"].to_dict()
+    levels = {"chance": board.measure.chance, **{name: means[name] for name in FLOORS if name in means}}
     levels = {name: value for name, value in levels.items() if not wording.missing(value)}
+    styles = dict(zip(["chance", *FLOORS], [":", "--", "-.", (0, (7, 2))], strict=True))
     for name, value in levels.items():
-        ax.axhline(value, color=f.GREY, lw=0.8, ls=":" if name == "chance" else "--")
+        ax.axhline(value, color=f.GREY, lw=0.8, ls=styles[name])
     low, high = ax.get_ylim()
-    if max(levels.values(), default=0) - min(levels.values(), default=0) < 0.035 * (high - low) and levels:
-        levels = {", ".join(levels): max(levels.values())}
-    for name, value in levels.items():
+    close: list[list[str]] = []
+    for name in sorted(levels, key=levels.__getitem__):
+        if close and levels[name] - levels[close[-1][-1]] < 0.035 * (high - low):
+            close[-1].append(name)
+        else:
+            close.append([name])
+    for names in close:
         ax.annotate(
-            name,
-            (1, value),
+            f"floor: {', '.join(name for name in levels if name in names)}",
+            (1, max(levels[name] for name in names)),
             xycoords=("axes fraction", "data"),
             xytext=(-2, 2),
             textcoords="offset points",

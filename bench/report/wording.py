@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from bench.report import rows
-from bench.report.leaderboard import FLOOR, Board
+from bench.report.leaderboard import FLOORS, Board
 
 NOTHING = "–"
 EDGES = {"smallest": "▼", "largest": "▲"}
@@ -82,7 +82,7 @@ def note(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         few = "" if missing(row["rank_best"]) else f"{row['seeds_ok']} of {row['seeds_run']} seeds, {row['status']}: "
         return f"{few}{row['reason']}"
-    return "floor: the network without attention" if row["attention"] == FLOOR else ""
+    return f"floor: {FLOORS[row['attention']]}" if row["attention"] in FLOORS else ""
 
 
 def metric(board: Board) -> str:
@@ -151,6 +151,9 @@ def warnings(board: Board) -> list[str]:
         lines.append(
             f"{mechanisms * rates * seeds - len(board.runs)} runs of the grid are missing; ranks are provisional."
         )
+    absent = [name for name in FLOORS if name not in set(board.runs["attention"])]
+    if absent:
+        lines.append(f"Floors not run: {', '.join(absent)}; how far a score is above them is unknown.")
     few = [f"{row['attention']} ({row['seeds_run']})" for row in ranked if row["seeds_run"] < seeds]
     if few:
         lines.append(f"Fewer than {seeds} seeds at the chosen learning rate: {', '.join(few)}.")

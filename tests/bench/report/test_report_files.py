@@ -215,6 +215,28 @@ def test_warnings_name_missing_runs_lonely_seeds_and_dirty_checkouts():
     assert "(one seed)" in markdown.page(board, {})
 
 
+def test_floors_say_what_they_are_and_a_missing_one_is_named(page):
+    assert cells(page, "Ranking", "none")[7] == "floor: the network without attention"
+    assert cells(page, "Ranking", "short_conv")[7] == "floor: local mixing only"
+    assert "Floors not run: uniform; how far a score is above them is unknown." in page
+    (board,) = boards(frames(("softmax", "none", "uniform", "short_conv")))
+    page = markdown.page(board, {})
+    assert "Floors not run" not in page
+    assert cells(page, "Ranking", "uniform")[7] == "floor: the mean of all visible values"
+
+
+def test_the_reason_of_a_cell_that_cannot_run_stands_in_the_page_in_full(page):
+    reason = "Nystrom is not defined for causal self attention; it has: noncausal self"
+    assert cells(page, "Runs without a result", "nystrom")[1:] == [
+        "unsupported",
+        "9",
+        "0.003 0.01 0.03",
+        "0 1 2",
+        reason,
+    ]
+    assert cells(page, "Ranking", "nystrom")[7] == reason[:59] + "…"
+
+
 def test_names_and_reasons_cannot_break_the_page():
     text = "a|b\n<script>*x*</script> [l](http://e.vil) _y_ `z` snake_case"
     escaped = markdown.escape(text)

@@ -8,7 +8,7 @@ import pytest
 from synthetic import MECHANISMS, frames
 
 from bench.report import figure, plots
-from bench.report.leaderboard import boards
+from bench.report.leaderboard import FLOORS, boards
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_labels_of_points_overlap_neither_each_other_nor_points(board):
     drawn.draw_without_rendering()
     (ax,) = drawn.axes
     labels = [text for text in ax.texts if text.get_text() in MECHANISMS]
-    assert len(labels) == 11  # all but the floor, which is a line
+    assert len(labels) == 10  # all but the floors, which are lines
     areas = [box(text, drawn) for text in labels]
     points = [tuple(ax.transData.transform(line.get_xydata()[0])) for line in ax.lines if line.get_marker() != "None"]
     for i, area in enumerate(areas):
@@ -54,8 +54,29 @@ def test_state_plot_stands_at_the_measured_values(board):
     (ax,) = plots.against_state(board).axes
     drawn = {tuple(line.get_xydata()[0]) for line in ax.lines if line.get_marker() != "None"}
     rows = board.table.set_index("attention")
-    expected = {(rows.loc[n, "state_bytes"], rows.loc[n, "test_mean"]) for n in board.ranked if n != "none"}
+    expected = {(rows.loc[n, "state_bytes"], rows.loc[n, "test_mean"]) for n in board.ranked if n not in FLOORS}
     assert drawn == expected and ax.get_xscale() == "log"
+
+
+def floor_lines(data):
+    (board,) = boards(data)
+    (ax,) = plots.against_state(board).axes
+    level = [line.get_ydata()[0] for line in ax.lines if list(line.get_xdata()) == [0, 1]]
+    return board, level, [text.get_text() for text in ax.texts if text.get_text().startswith("floor")]
+
+
+def test_chance_and_every_floor_are_lines_and_close_ones_share_a_label():
+    board, level, labels = floor_lines(frames(("softmax", *FLOORS), trouble=False))
+    means = board.table.set_index("attention")["test_mean"]
+    assert level == [board.measure.chance, *(means[name] for name in FLOORS)]
+    assert means["none"] < means["short_conv"] < means["uniform"]
+    assert labels == ["floor: chance, none", "floor: short_conv", "floor: uniform"]
+
+
+def test_a_floor_without_a_measured_state_is_a_line_all_the_same():
+    data = frames(("softmax", "uniform"), trouble=False)
+    data.runs.loc[data.runs["attention"] == "uniform", "state_bytes"] = np.nan
+    assert floor_lines(data)[2] == ["floor: chance", "floor: uniform"]
 
 
 def test_heat_map_cells_show_the_means_of_the_slices(board):
@@ -102,7 +123,7 @@ def test_a_mechanism_has_one_look_in_all_plots_and_no_two_share_it():
     names = tuple(f"mechanism_{i}" for i in range(58))
     (board,) = boards(frames((*names, "softmax", "none"), seeds=(0,), rates=(0.01,), trouble=False))
     looks = figure.looks(board)
-    assert len(set(looks.values())) == 60
+    assert len(looks) == len(set(looks.values())) == 58 + len({"softmax", *FLOORS})
 
 
 def test_a_plot_without_data_is_none():
