@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attentions.base import LayerSpec, Pattern, QKVAttention, repeat_heads
 from attentions.linear._recurrence import masked, wide
+from attentions.lowrank._blocks import masked_softmax
 
 
 class Nystrom(QKVAttention):
@@ -82,16 +83,18 @@ class Nystrom(QKVAttention):
     def _landmarks(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """q [B, H, T, D], k and v [B, H, S, D] -> [B, H, T, D]."""
         seen = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+        keys = seen[:, None, None]
         if max(q.shape[2], k.shape[2]) <= self.num_landmarks:
-            return F.dropout(_weights(q, k, seen), self.dropout, self.training) @ v
+            return F.dropout(masked_softmax(q @ k.mT, keys), self.dropout, self.training) @ v
         read = seen.new_ones(q.shape[0], q.shape[2]) if self.spec.cross else seen
-        (to_q, has_q), (to_k, has_k) = (_segments(mask, self.num_landmarks, q.dtype) for mask in (read, seen))
+        (to_q, rows), (to_k, columns) = (_segments(mask, self.num_landmarks, q.dtype) for mask in (read, seen))
         q_landmarks = to_q @ q.masked_fill(~read[:, None, :, None], 0.0)
-        k_landmarks = to_k @ k.masked_fill(~seen[:, None, :, None], 0.0)
-        rows = has_q[:, None, :, None]  # a landmark of no position is a row or column of zeros
-        inverse = pseudo_inverse(_weights(q_landmarks, k_landmarks, has_k) * rows, self.num_iterations)
-        first = F.dropout(_weights(q, k_landmarks, has_k), self.dropout, self.training)
-        return first @ (inverse @ ((_weights(q_landmarks, k, seen) * rows) @ v))
+        k_landmarks = to_k @ k.masked_fill(~keys.mT, 0.0)
+        # a landmark of no position is a row or column of zeros
+        a = masked_softmax(q_landmarks @ k_landmarks.mT, rows.mT & columns)
+        first = F.dropout(masked_softmax(q @ k_landmarks.mT, columns), self.dropout, self.training)
+        third = masked_softmax(q_landmarks @ k.mT, rows.mT & keys)
+        return first @ (pseudo_inverse(a, self.num_iterations) @ (third @ v))
 
     def _convolve(self, v: Tensor) -> Tensor:
         """Sum over neighbours, one kernel for all channels of a head: [B, S, G, D] -> [B, S, G, D]."""
@@ -113,18 +116,11 @@ def pseudo_inverse(a: Tensor, num_iterations: int) -> Tensor:
     return z
 
 
-def _weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
-    """Softmax of q k^T over the keys that are seen [B, S]; zero where there are none."""
-    hidden = ~seen[:, None, None, :]
-    scores = (q @ k.mT).masked_fill(hidden, torch.finfo(q.dtype).min)
-    return scores.softmax(-1).masked_fill(hidden, 0.0)
-
-
 def _segments(seen: Tensor, num_landmarks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The means over segments as a matrix [B, 1, R, S], and which of the R segments hold a position [B, R]."""
+    """The means over segments as a matrix [B, 1, R, S], and which segments hold a position [B, 1, 1, R]."""
     most = min(num_landmarks, seen.shape[1])
     count = seen.sum(1, keepdim=True)
     index = (seen.cumsum(1) - 1) * count.clamp(max=most) // count.clamp(min=1)
     member = (index[:, None] == torch.arange(most, device=seen.device)[:, None]) & seen[:, None]
     size = member.sum(-1, keepdim=True)
-    return (member.to(dtype) / size.clamp(min=1))[:, None], size[..., 0] > 0
+    return (member.to(dtype) / size.clamp(min=1))[:, None], (size > 0).mT[:, None]
