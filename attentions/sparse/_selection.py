@@ -77,8 +77,7 @@ def sparse_attention(
     Returns:
         [B, T, H, V], dtype of v.
     """
-    rows = _rows(q, k, v, selection, key_mask)
-    return rows.read(masked_softmax(rows.scores, rows.visible), dropout)
+    return _rows(q, k, v, selection, key_mask).read(dropout)
 
 
 def sparse_attention_lse(
@@ -86,8 +85,7 @@ def sparse_attention_lse(
 ) -> tuple[Tensor, Tensor]:
     """As `sparse_attention`, with the log-sum-exp of the scores [B, T, H] in at least float32: -inf without a key."""
     rows = _rows(q, k, v, selection, key_mask)
-    output = rows.read(masked_softmax(rows.scores, rows.visible), dropout)
-    return output, rows.queries(masked_logsumexp(rows.scores, rows.visible)[..., None]).squeeze(-1)
+    return rows.read(dropout), rows.queries(masked_logsumexp(rows.scores, rows.visible)[..., None]).squeeze(-1)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -114,8 +112,9 @@ def masked_logsumexp(scores: Tensor, visible: Tensor) -> Tensor:
 
 def _lowered(scores: Tensor, visible: Tensor) -> Tensor:
     """Not visible becomes the lowest finite number: the softmax of a row of -inf has NaN in its gradient."""
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    bias = torch.zeros(visible.shape, dtype=wide, device=visible.device)
+    return scores + bias.masked_fill(~visible, torch.finfo(wide).min)  # an addition: it costs the backward pass nothing
 
 
 class _Rows(NamedTuple):
@@ -130,11 +129,12 @@ class _Rows(NamedTuple):
     values: Tensor
     length: int
 
-    def read(self, weights: Tensor, dropout: float) -> Tensor:
-        """Values under the weights: [B, T, H, V]."""
+    def read(self, dropout: float) -> Tensor:
+        """Values under the softmax of the scores: [B, T, H, V]."""
+        weights = _lowered(self.scores, self.visible).softmax(-1)
         weights = F.dropout(weights, dropout) if dropout else weights
-        output = weights.to(self.values.dtype).flatten(4, 5) @ self.values
-        return self.queries(output.unflatten(4, weights.shape[4:6]))
+        output = (weights.to(self.values.dtype).flatten(4, 5) @ self.values).unflatten(4, weights.shape[4:6])
+        return self.queries(output.masked_fill(~self.visible.any(-1, keepdim=True), 0.0))
 
     def queries(self, x: Tensor) -> Tensor:
         """[B, G, L, N, E, C, D] -> [B, T, H, D]."""

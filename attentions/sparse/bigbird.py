@@ -1,0 +1,127 @@
+"""BigBird: a band, a few blocks that see and are seen by all, and random blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attentions.base import LayerSpec, Pattern, State
+from attentions.dense.softmax import KVCache, Softmax
+from attentions.sparse._selection import Selection, chosen, largest, sparse_attention
+
+
+class BigBird(Softmax):
+    """Softmax over a band of blocks, global blocks at the ends and random blocks elsewhere: a sparse graph, well mixed.
+
+    Noncausal, query block i reads the blocks i - w/2 ... i + w/2, the first and last g blocks and r random ones of the
+    rest; the queries of the first and last g blocks read everything. Causal, it reads i - w + 1 ... i, the first g
+    blocks and r random ones of the past. A sequence of at most that many blocks gets softmax attention.
+
+    The graph is drawn once, at construction, for each key-value head: row i holds an order of all blocks up to
+    max_length, and of this order come the first r that the length (causal: the past) leaves open. It is saved in the
+    state dict and never drawn again. Decoding keeps every key: a random block may be any.
+
+    Args:
+        block_size: positions in a block.
+        num_window_blocks: blocks w of the band, own included; odd when noncausal.
+        num_global_blocks: blocks g, at either end when noncausal.
+        num_random_blocks: blocks r.
+        dropout, bias: as in softmax attention.
+
+    Source: Zaheer et al. 2020, https://arxiv.org/abs/2007.14062, section 2 and appendix D (ITC, the internal form).
+    Differs: the causal form is ours (the authors' decoders use full attention). At the ends of the sequence the band
+    is cut off, where the authors fill it up with blocks from elsewhere.
+    """
+
+    patterns = Pattern.SELF
+    impossible: ClassVar = {Pattern.CROSS: "a band needs a distance, and queries and context share no positions"}
+    paper = "https://arxiv.org/abs/2007.14062"
+    complexity = "T block_size"
+    full_budget = staticmethod(lambda length: {"block_size": 4, "num_random_blocks": length})
+
+    order: Tensor
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        block_size: int = 64,
+        num_window_blocks: int = 3,
+        num_global_blocks: int = 1,
+        num_random_blocks: int = 3,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ):
+        super().__init__(spec, dropout=dropout, bias=bias)
+        for name, value, least in (
+            ("block_size", block_size, 1),
+            ("num_window_blocks", num_window_blocks, 1),
+            ("num_global_blocks", num_global_blocks, 0),
+            ("num_random_blocks", num_random_blocks, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not spec.causal and num_window_blocks % 2 == 0:
+            raise ValueError(
+                f"num_window_blocks must be odd when noncausal, got {num_window_blocks}; "
+                f"nearest: {num_window_blocks - 1}, {num_window_blocks + 1}"
+            )
+        self.block_size = block_size
+        self.num_window_blocks = num_window_blocks
+        self.num_global_blocks = num_global_blocks
+        self.num_random_blocks = num_random_blocks
+        most = math.ceil(spec.max_length / block_size)
+        # whole numbers: a bf16 module would round random reals to ties
+        self.register_buffer("order", torch.rand(spec.kv_heads, most, most).argsort(-1).int())
+
+    def blocks(self, num_blocks: int, first: int = 0, last: int | None = None) -> Tensor:
+        """What the query blocks first ... last - 1 of num_blocks read: [1, G, N, w + (1 or 2) g + r], -1 for none."""
+        if num_blocks > self.order.shape[1]:
+            raise ValueError(
+                f"the random blocks are drawn for max_length={self.spec.max_length}, "
+                f"got at least {(num_blocks - 1) * self.block_size + 1} positions"
+            )
+        index = torch.arange(num_blocks, device=self.order.device)
+        behind = index[first:last, None] - index
+        ends = index < self.num_global_blocks
+        if self.spec.causal:
+            fixed, visible = (behind < self.num_window_blocks) | ends, behind >= 0
+        else:
+            ends = ends | (index >= num_blocks - self.num_global_blocks)
+            fixed, visible = (behind.abs() <= self.num_window_blocks // 2) | ends, torch.ones_like(behind).bool()
+        most = self.num_window_blocks + self.num_global_blocks * (1 if self.spec.causal else 2)
+        order = (
+            self.order[:, first:num_blocks, :num_blocks][:, : len(behind)]
+            .float()
+            .masked_fill(fixed | ~visible, -math.inf)
+        )
+        random = largest(order, self.num_random_blocks)[None]
+        return torch.cat([chosen(fixed & visible, most).expand(-1, random.shape[1], -1, -1), random], dim=-1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> Tensor:
+        size, num_blocks = self.block_size, math.ceil(q.shape[1] / self.block_size)
+        # queries in first ... last - 1 read few blocks, those before and behind everything
+        first = 0 if self.spec.causal else min(self.num_global_blocks, num_blocks)
+        last = num_blocks if self.spec.causal else max(num_blocks - self.num_global_blocks, first)
+        inner, outer = q[:, first * size : last * size], [q[:, : first * size], q[:, last * size :]]
+        dropout = self.dropout if self.training else 0.0
+        heads = [q.new_empty(q.shape[0], 0, q.shape[2], v.shape[-1])] * 3
+        if first < last:
+            few = Selection(
+                self.blocks(num_blocks, first, last), size, size, causal=self.spec.causal, start=first * size
+            )
+            heads[1] = sparse_attention(inner, k, v, few, key_mask=key_mask, dropout=dropout)
+        if not self.spec.causal and self.num_global_blocks:
+            everything = torch.arange(num_blocks, device=q.device)[None, None, None]
+            dense = Selection(everything, size, sum(part.shape[1] for part in outer))
+            read = sparse_attention(torch.cat(outer, dim=1), k, v, dense, key_mask=key_mask, dropout=dropout)
+            heads[0], heads[2] = read.split([part.shape[1] for part in outer], dim=1)
+        return torch.cat([part.to(v.dtype) for part in heads], dim=1)
+
+    def read(self, q: Tensor, state: State) -> Tensor:
+        assert isinstance(state, KVCache)
+        row = (state.position - 1) // self.block_size
+        return sparse_attention(q, state.k, state.v, Selection(self.blocks(row + 1, row), self.block_size))
