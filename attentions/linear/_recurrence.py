@@ -56,7 +56,7 @@ def scan(
     """
     length = q.shape[1]
     num_chunks = math.ceil(length / chunk_size)
-    q, k, v, g, b = (_chunks(x, num_chunks) for x in (q, k, v, log_decay, beta))
+    q, k, v, g, b = (chunked(x, num_chunks) for x in (q, k, v, log_decay, beta))
     g = None if g is None else g.cumsum(-2)
     if score is not None:
         scores = score(q @ k.mT).tril()
@@ -71,7 +71,7 @@ def scan(
         if w is not None:
             query = query - scores @ w
         empty = k.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
-        before = _memories(empty, k, u, w, g)[:-1]
+        before = memories(empty, k, u, w, g)[:-1]
         output = output + query @ torch.stack(before, dim=2)
     return output.flatten(2, 3)[:, :, :length].transpose(1, 2)
 
@@ -87,13 +87,13 @@ def write(
 ) -> Tensor:
     """The memory [B, H, K, V] after S further positions; arguments as in `scan`."""
     num_chunks = 1 if beta is None else math.ceil(k.shape[1] / chunk_size)
-    k, v, g, b = (_chunks(x, num_chunks) for x in (k, v, log_decay, beta))
+    k, v, g, b = (chunked(x, num_chunks) for x in (k, v, log_decay, beta))
     g = None if g is None else g.cumsum(-2)
     u, w = (v, None) if b is None else _solve(k, v, g, b)
-    return _memories(memory, k, u, w, g)[-1]
+    return memories(memory, k, u, w, g)[-1]
 
 
-def _chunks(x, num_chunks: int):
+def chunked(x, num_chunks: int):
     """[B, T, H] or [B, T, H, D] -> [B, H, N, C, 1 or D], zeros behind the end: they write nothing and decay nothing."""
     if x is None:
         return None
@@ -128,7 +128,7 @@ def _solve(k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> tuple[Tensor
     return u, w
 
 
-def _memories(memory: Tensor, k: Tensor, u: Tensor, w: Tensor | None, g: Tensor | None) -> list[Tensor]:
+def memories(memory: Tensor, k: Tensor, u: Tensor, w: Tensor | None, g: Tensor | None) -> list[Tensor]:
     """The memory [B, H, K, V] before each chunk and after the last."""
     keep = None
     if g is not None:
@@ -136,12 +136,12 @@ def _memories(memory: Tensor, k: Tensor, u: Tensor, w: Tensor | None, g: Tensor 
         keep = g[..., -1, :, None].exp()  # [B, H, N, 1 or K, 1]
     added = k.mT @ u
     erased = None if w is None else k.mT @ w
-    memories = [memory]
+    passed = [memory]
     for n in range(k.shape[2]):
         new = added[:, :, n] + (memory if keep is None else memory * keep[:, :, n])
         memory = new if erased is None else new - erased[:, :, n] @ memory
-        memories.append(memory)
-    return memories
+        passed.append(memory)
+    return passed
 
 
 # -- the layer ------------------------------------------------------------------------------------
