@@ -37,7 +37,8 @@ class Reformer(Attention):
     The published causal form masks the future inside chunks; but chunks are cut from the sort of all positions, so
     later tokens decide which earlier ones share a chunk: it looks ahead. The causal form here does not, at the same
     cost, and decodes from all keys and values and R buckets each. Rounds are merged by their log-sum-exps, and a pair
-    that n rounds have counts 1 / n in each: together they are one softmax over P_i, as in the paper.
+    that n rounds have counts 1 / n in each: together they are one softmax over P_i, as in the paper,
+    and up to 2 m R positions it is computed as such, under a mask.
 
     b = 2 max_length / m, rounded up to even: buckets depend on the slot, never on the length at hand. Masked keys
     fall in a bucket behind all others. Rotations are new in each training step; in eval mode the state dict's.
@@ -47,7 +48,6 @@ class Reformer(Attention):
         chunk_size: m, twice the mean bucket size at max_length.
         num_hashes: rounds R.
         dropout: probability of dropping an attention weight in training.
-        bias: bias on the projections.
 
     Source: Kitaev et al. 2020, https://arxiv.org/abs/2001.04451, section 2 and appendix A; scores as in the authors'
     code, q_i.k_j without 1 / sqrt(K). Differs: the causal form; n counts the rounds in which i reads j, where the
@@ -58,23 +58,21 @@ class Reformer(Attention):
     patterns = Pattern.SELF
     impossible: ClassVar = {Pattern.CROSS: "queries are their own keys, which takes one sequence"}
     paper = "https://arxiv.org/abs/2001.04451"
-    complexity = "T num_hashes (num_hashes chunk_size + max_length / chunk_size)"
+    complexity = "T min(T, num_hashes chunk_size) + T num_hashes max_length / chunk_size"
     selects = True
 
     rotations: Tensor  # [H, K, R, b / 2]
 
-    def __init__(
-        self, spec: LayerSpec, *, chunk_size: int, num_hashes: int = 8, dropout: float = 0.0, bias: bool = False
-    ):
+    def __init__(self, spec: LayerSpec, *, chunk_size: int, num_hashes: int = 8, dropout: float = 0.0):
         super().__init__(spec)
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         if num_hashes < 1:
             raise ValueError(f"num_hashes must be at least 1, got {num_hashes}")
         self.chunk_size, self.num_hashes, self.dropout = chunk_size, num_hashes, dropout
-        self.qk_proj = nn.Linear(spec.dim, spec.dim, bias=bias)
-        self.v_proj = nn.Linear(spec.dim, spec.kv_heads * spec.head_dim, bias=bias)
-        self.out_proj = nn.Linear(spec.dim, spec.dim, bias=bias)
+        self.qk_proj = nn.Linear(spec.dim, spec.dim, bias=False)
+        self.v_proj = nn.Linear(spec.dim, spec.kv_heads * spec.head_dim, bias=False)
+        self.out_proj = nn.Linear(spec.dim, spec.dim, bias=False)
         half = math.ceil(spec.max_length / chunk_size)
         self.register_buffer("rotations", torch.randn(spec.num_heads, spec.head_dim, num_hashes, half))
 
@@ -93,7 +91,12 @@ class Reformer(Attention):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, Hashed]:
         assert isinstance(state, Hashed)
         q, k, v, buckets = self._heads(x, state.position)
-        state = self._write(state, k, v, buckets)
+        state = Hashed(
+            k=torch.cat([state.k, k], dim=1),
+            v=torch.cat([state.v, v], dim=1),
+            buckets=torch.cat([state.buckets, buckets], dim=1),
+            position=state.position + 1,
+        )
         # the same bucket, and at most m of it from j to before i
         same = (state.buckets == state.buckets[:, -1:])[:, :-1]
         recent = same.flip(1).cumsum(1).flip(1) <= self.chunk_size
@@ -111,27 +114,18 @@ class Reformer(Attention):
     ) -> tuple[Tensor, Hashed]:
         q, k, v, buckets = self._heads(x)
         output = self._attend(q, k, v, buckets, x.new_ones(x.shape[:2], dtype=torch.bool))
-        return output, self._write(self.init_state(x.shape[0]), k, v, buckets)
+        return output, Hashed(k=k, v=v, buckets=buckets, position=x.shape[1])
 
     def state_bytes(self, length: int) -> int:
         heads, groups, width = self.spec.num_heads, self.spec.kv_heads, self.spec.head_dim
         return 4 * length * (heads * (width + self.num_hashes) + groups * width)
-
-    def _write(self, state: Hashed, k: Tensor, v: Tensor, buckets: Tensor) -> Hashed:
-        return Hashed(
-            k=torch.cat([state.k, k], dim=1),
-            v=torch.cat([state.v, v], dim=1),
-            buckets=torch.cat([state.buckets, buckets], dim=1),
-            position=state.position + k.shape[1],
-        )
 
     def _heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q and k [B, T, H, K], v [B, T, G, V], buckets [B, T, H, R] int32."""
         v = self.v_proj(x).unflatten(-1, (self.spec.kv_heads, -1))
         wide = torch.promote_types(x.dtype, torch.float32)  # a rounded direction falls in another bucket
         with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.qk_proj.bias is None else self.qk_proj.bias.to(wide)
-            q = F.linear(x.to(wide), self.qk_proj.weight.to(wide), bias).unflatten(-1, (self.spec.num_heads, -1))
+            q = F.linear(x.to(wide), self.qk_proj.weight.to(wide)).unflatten(-1, (self.spec.num_heads, -1))
             if self.spec.rotary_base is not None:
                 q = rotary(q, base=self.spec.rotary_base, start=start)
             k = F.normalize(q, dim=-1)
@@ -152,12 +146,38 @@ class Reformer(Attention):
         buckets = buckets.masked_fill(~real[:, :, None], 2 * self.rotations.shape[-1])
         order = buckets.sort(dim=-1, stable=True).indices
         place = order.argsort(dim=-1)
-        # i reads j where code_i - code_j is from least to most: one number for the bucket and the place in it
-        least, most, place_or_chunk = (1, self.chunk_size, place) if self.spec.causal else (0, 1, place // size)
-        codes = buckets * (2 * max(self.chunk_size, length + padding) + 2) + place_or_chunk
+        place_or_chunk = place if self.spec.causal else place // size
+        codes = buckets * (2 * max(self.chunk_size, length + padding) + 2) + place_or_chunk  # see _reads
+        if length <= 2 * self.chunk_size * self.num_hashes:  # all scores are fewer than those of all rounds
+            heads, found = self._masked(q, k, v, codes, real)
+        else:
+            heads, found = self._chunked(q, k, v, codes, real, order, place)
+        alone = F.dropout(real.to(v.dtype), self.dropout, self.training)[..., None] * v.masked_fill(~real[..., None], 0)
+        heads = torch.where(found[..., None], heads, alone)
+        return self.out_proj(heads.transpose(1, 2)[:, :length].flatten(2))
 
-        def chunks(x: Tensor) -> Tensor:  # [B, H, T, ...] -> [B, H, N, m, ...]
-            return x.unflatten(2, (-1, size))
+    def _reads(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether i reads j in a round, by one number for each: the bucket, then the place (noncausal: the chunk)."""
+        ahead = i[..., None] - j[..., None, :]
+        return (ahead >= 1) & (ahead <= self.chunk_size) if self.spec.causal else (ahead >= 0) & (ahead <= 1)
+
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, codes: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """One softmax over the union of the rounds; heads [B, H, T, V], and whether anything was read [B, H, T]."""
+        visible = self._reads(codes[:, :, 0], codes[:, :, 0])
+        for turn in range(1, self.num_hashes):
+            visible = visible | self._reads(codes[:, :, turn], codes[:, :, turn])
+        visible = visible & real[:, :, None] & ~torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
+        weights = F.dropout(masked_softmax(q @ k.mT, visible), self.dropout, self.training)
+        return weights.to(v.dtype) @ v, visible.any(-1)
+
+    def _chunked(
+        self, q: Tensor, k: Tensor, v: Tensor, codes: Tensor, real: Tensor, order: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same, round by round, each chunk against itself and the one before."""
+        size = self.chunk_size
+
+        def picked(x: Tensor, at: Tensor) -> Tensor:
+            return x.gather(2, at[..., None].expand(*at.shape, x.shape[-1]))
 
         def around(x: Tensor) -> Tensor:  # the chunk before, and the own one
             return torch.cat([torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1]], dim=2), x], dim=3)
@@ -165,26 +185,17 @@ class Reformer(Attention):
         itself = torch.eye(2 * size, dtype=torch.bool, device=q.device)[size:]  # [m, 2 m]
         rounds = []
         for turn in range(self.num_hashes):
-            by = order[:, :, turn]
-            query, key, value = (chunks(x.take_along_dim(by[..., None], dim=2)) for x in (q, k, v))
-            code = chunks(codes.transpose(2, 3).take_along_dim(by[..., None], dim=2))  # [B, H, N, m, R]
+            every = (q, k, v, codes.transpose(2, 3), real[..., None])
+            query, key, value, code, here = (picked(x, order[:, :, turn]).unflatten(2, (-1, size)) for x in every)
             there = around(code)
-            times = torch.zeros((), dtype=torch.int32, device=q.device)  # rounds in which i reads j
-            for other in range(self.num_hashes):
-                ahead = code[..., :, None, other] - there[..., None, :, other]
-                reads = (ahead >= least) & (ahead <= most)
-                times = times + reads
-                if other == turn:
-                    visible = reads & around(chunks(real.gather(-1, by)))[..., None, :] & ~itself
+            reads = [self._reads(code[..., other], there[..., other]) for other in range(self.num_hashes)]
+            visible = reads[turn] & around(here).mT & ~itself
             scores = query @ around(key).mT
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            scores = scores - times.clamp_min(1).to(scores.dtype).log()
-            weights = F.dropout(masked_softmax(scores, visible), self.dropout, self.training)
-            read, total = weights.to(v.dtype) @ around(value), masked_logsumexp(scores, visible)
-            back = place[:, :, turn]
-            read, total = read.flatten(2, 3).take_along_dim(back[..., None], dim=2), total.flatten(2).gather(-1, back)
-            rounds.append((read, total))
+            scores = scores - sum(reads, scores.new_zeros(())).clamp_min(1).log()  # rounds in which i reads j
+            weights = F.dropout(masked_softmax(scores, visible), self.dropout, self.training).to(v.dtype)
+            parts = (weights @ around(value), masked_logsumexp(scores, visible)[..., None])
+            heads, total = (picked(x.flatten(2, 3), place[:, :, turn]) for x in parts)
+            rounds.append((heads, total.squeeze(-1)))
         heads, total = merge(rounds)
-        alone = F.dropout(real.to(v.dtype), self.dropout, self.training)[..., None] * v.masked_fill(~real[..., None], 0)
-        heads = torch.where((total == -math.inf)[..., None], alone, heads)
-        return self.out_proj(heads.transpose(1, 2)[:, :length].flatten(2))
+        return heads, total > -math.inf

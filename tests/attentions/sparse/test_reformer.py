@@ -68,8 +68,9 @@ def naive(layer, x, real=None):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("chunk_size", "num_hashes", "num_kv_heads"), [(5, 3, 4), (2, 1, 2), (40, 2, 2)]
-)  # 40: a chunk holds everything
+    ("chunk_size", "num_hashes", "num_kv_heads"),
+    [(5, 3, 4), (2, 3, 4), (2, 1, 2), (40, 2, 2)],  # under a mask, in chunks, in chunks, a chunk holds everything
+)
 def test_rounds_together_are_one_softmax_over_their_union(chunk_size, num_hashes, causal, num_kv_heads, make, agree):
     layer = make(causal=causal, chunk_size=chunk_size, num_hashes=num_hashes, num_kv_heads=num_kv_heads)
     x = stream()
@@ -77,8 +78,9 @@ def test_rounds_together_are_one_softmax_over_their_union(chunk_size, num_hashes
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_masked_positions_are_read_by_nobody_and_take_no_place(causal, make):
-    layer, x = make(causal=causal), stream()
+@pytest.mark.parametrize("chunk_size", [5, 2])  # under a mask, in chunks
+def test_masked_positions_are_read_by_nobody_and_take_no_place(chunk_size, causal, make):
+    layer, x = make(causal=causal, chunk_size=chunk_size), stream()
     mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) > 0.4
     got, want = layer(x, key_mask=mask), naive(layer, x, mask)
     torch.testing.assert_close(got[mask], want[mask], rtol=1e-9, atol=1e-10)  # float64
