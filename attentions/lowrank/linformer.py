@@ -37,7 +37,7 @@ class Linformer(Softmax):
 
     Source: Wang et al. 2020, https://arxiv.org/abs/2006.04768, section 4, eq. 7; initial values and first columns as in
     the authors' code, whose default is "headwise". Causal form: Peng et al. 2021 (ABC),
-    https://arxiv.org/abs/2110.02488, section 3.3.
+    https://arxiv.org/abs/2110.02488.
     Differs: no sharing across layers, since a layer here does not know the others; E and F are no Linear layers, so
     that a backbone that re-initialises those keeps their start.
     """

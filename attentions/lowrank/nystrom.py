@@ -22,8 +22,8 @@ class Nystrom(QKVAttention):
         Z_0 = A^T / (|A|_1 |A|_inf),   Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4.
 
     The n positions that a mask leaves are cut into min(num_landmarks, n) segments whose lengths differ by at most one.
-    Where no segment holds more than one position, O is softmax attention and computed as such. The depthwise
-    convolution over the values, one kernel per key-value head, needs a common origin: self-attention only.
+    With as many landmarks as positions O is softmax attention, and computed as such. The depthwise convolution over
+    the values, one kernel per key-value head, needs a common origin: self-attention only.
 
     Args:
         num_landmarks: segments of queries and of keys.
@@ -32,10 +32,10 @@ class Nystrom(QKVAttention):
         dropout: of the weights s(Q, K~) in training.
         bias: bias on the projections.
 
-    Source: Xiong et al. 2021, https://arxiv.org/abs/2102.03902, eqs. 6 and 13, algorithm 1; norms, convolution and the
-    exact case as in the authors' code. Differs: the norms in Z_0 are each matrix's own, where the code takes the
-    largest of the batch, and inputs of other rows would matter; segments of unequal length and masks, which the code
-    counts as zeros in the means; queries and keys may differ in number (cross-attention), so A need not be square.
+    Source: Xiong et al. 2021, https://arxiv.org/abs/2102.03902, section 3 and algorithm 1; convolution and exact case as in
+    the authors' code. Differs: the norms in Z_0 are each matrix's own, where that code takes the largest of the batch and
+    inputs of other rows matter; segments of unequal length; masked positions, which that code counts as zeros in the
+    means, are left out; queries and keys may differ in number (cross-attention), so A need not be square.
     """
 
     patterns = Pattern.NONCAUSAL_SELF | Pattern.NONCAUSAL_CROSS
