@@ -1,4 +1,4 @@
-"""`python -m bench.list [attentions|tasks|backbones|budgets|suites]`: capability tables, from source and YAML alone."""
+"""`python -m bench.list [GROUP ...]`: what there is, from source and YAML; `attentions` alone is measured, too."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def attentions(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str
         leaves = [target for target in leaves if source.constant(target, "patterns")] or [outer]
         sets = [patterns(source.constant(leaf, "patterns") or "") for leaf in leaves]
         common = set.intersection(*sets)
-        papers = dict.fromkeys(source.literal(leaf, "paper", "").removeprefix("https://") for leaf in leaves)
+        links = (source.literal(leaf, "paper", "") for leaf in leaves)
+        papers = dict.fromkeys(link.removeprefix("https://").replace("arxiv.org/abs/", "arXiv:") for link in links)
         rows.append(
             {
                 "attention": name,
@@ -65,13 +66,35 @@ def attentions(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str
     return rows
 
 
+def catalogue(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
+    """The rows of `attentions` with what one layer of each costs, measured: this one imports torch."""
+    import torch
+    from hydra.utils import instantiate
+
+    from bench.catalogue import ALLOWED, LENGTHS, measure
+    from bench.config import CONF
+
+    torch.set_num_threads(1)
+    rows = attentions(files, plugins)
+    softmax = instantiate(OmegaConf.load(CONF / "attention" / "softmax.yaml"), _convert_="all")
+    for row in rows:
+        what, paper = row.pop("what"), row.pop("paper")
+        entry = measure(instantiate(OmegaConf.load(files[row["attention"]]), _convert_="all"), softmax)
+        states = entry.state_bytes or [None for _ in LENGTHS]
+        row["parameters"] = f"{entry.parameters:.2f}{' !' if entry.parameters > ALLOWED else ''}"
+        row |= {f"state at {n}": "-" if size is None else f"{size:,}" for n, size in zip(LENGTHS, states, strict=True)}
+        row |= {"complexity": entry.complexity, "runs on": entry.runs_on, "what": what, "paper": paper}
+    return rows
+
+
 def tasks(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
     """One row per task preset: id, version and what it is."""
     rows = []
     for name, path in files.items():
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         target = source.resolve(config["_target_"], plugins)
-        identity = "/".join(filter(None, [source.literal(target, "name", ""), str(config.get("protocol", ""))]))
+        protocol = str(config.get("protocol") or config.get("pattern") or "")
+        identity = "/".join(filter(None, [source.literal(target, "name", ""), protocol]))
         version = str(source.literal(target, "version", "-"))
         rows.append({"task": name, "id": identity, "version": version, "what": comment(path)})
     return rows
@@ -151,7 +174,13 @@ def main() -> None:
             raise UserError(f"--config-dir: there is no folder {arguments.config_dir}")
         assert group[:-1] in GROUPS
         files = options(group[:-1], arguments.config_dir)
-        show(group, TABLES[group](files, plugins))
+        measured = groups == ["attentions"]
+        show(group, (catalogue if measured else TABLES[group])(files, plugins))
+        if measured:
+            from bench.catalogue import ALLOWED, CONDITIONS
+
+            print(f"Measured on {CONDITIONS}, in bytes; ! marks more than {ALLOWED - 1:.0%} above.")
+            print("Complexity per head and channel, T queries and S keys. No kernels of ours yet; GPU: not measured.")
 
 
 def show(title: str, rows: list[dict[str, str]]) -> None:

@@ -44,6 +44,13 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
 
+def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A Python command as a user types it, such as `-m bench.list`."""
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
+    )
+
+
 def start(results: Path, *overrides: str, folder: Path | None = None, limit=None) -> subprocess.Popen:
     """`python -m bench` on a tiny configuration, started; `folder` is that of the faults, `limit` runs in the child."""
     flags = [f"--config-dir={FAULTY}", *(text for text in overrides if text.startswith("-"))]

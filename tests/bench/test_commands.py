@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from bench.config import compose
 from bench.expand import expand
-from tests.bench.sweeping import ROOT, TINY, environment, records, sweep
+from tests.bench import sweeping
+from tests.bench.sweeping import TINY, records, sweep
 
 
-def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
-    )
+def command(*words: str, cwd: Path = sweeping.ROOT) -> subprocess.CompletedProcess:
+    return sweeping.command("-m", *words, cwd=cwd)
 
 
 @pytest.mark.fault
@@ -89,3 +87,17 @@ def test_a_gpu_is_used_by_itself_and_named_in_the_record(tmp_path):
     assert done.returncode == 0, done.stderr
     (record,) = records(tmp_path / "results").values()
     assert record["status"] == "ok" and record["environment"]["device_name"] == torch.cuda.get_device_name()
+
+
+def test_the_catalogue_is_measured_and_marks_what_has_more_parameters(tmp_path):
+    """The columns of one layer; a plugin's row stands beside ours."""
+    done = command("bench.list", "attentions")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith(" ") and line.split()}
+    for name in ("softmax", "sliding_window", "nystrom", "hybrid"):
+        assert name in rows
+    assert " 1.00  " in rows["softmax"] and " 131,072 " in rows["softmax"] and " 1,048,576 " in rows["softmax"]
+    assert " 16,384 " in rows["sliding_window"] and "T window" in rows["sliding_window"]
+    assert "!" in rows["gated_delta_net"] and "!" not in rows["softmax"]
+    assert "arXiv:1706.03762" in rows["softmax"]
+    assert "GPU: not measured" in done.stdout
