@@ -99,10 +99,9 @@ class Nystrom(QKVAttention):
     def _convolve(self, v: Tensor) -> Tensor:
         """Sum over neighbours, one kernel for all channels of a head: [B, S, G, D] -> [B, S, G, D]."""
         assert self.kernel is not None
-        channels = v.permute(0, 3, 2, 1).flatten(0, 1)  # [B D, G, S]
-        size = self.kernel.shape[1]
-        mixed = F.conv1d(channels, wide(self.kernel)[:, None], padding=size // 2, groups=v.shape[2])
-        return mixed.unflatten(0, (v.shape[0], v.shape[3])).permute(0, 3, 2, 1)
+        weight = wide(self.kernel)[:, None, :, None]
+        padding = self.kernel.shape[1] // 2, 0
+        return F.conv2d(v.transpose(1, 2), weight, padding=padding, groups=v.shape[2]).transpose(1, 2)
 
 
 def pseudo_inverse(a: Tensor, num_iterations: int) -> Tensor:
