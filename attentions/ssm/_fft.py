@@ -33,6 +33,14 @@ def long_conv(u: Tensor, kernel: Tensor, backward: Tensor | None = None) -> Tens
         return torch.fft.irfft(spectrum, size)[..., :length].movedim(-1, 1)
 
 
+def by_distance(kernel: Tensor, backward: Tensor | None = None) -> Tensor:
+    """The matrix that `long_conv` multiplies with: [..., L] -> [..., L, L], entry (t, s) the tap at distance t - s."""
+    length = kernel.shape[-1]
+    later = torch.zeros_like(kernel) if backward is None else backward
+    taps = torch.cat([kernel.flip(-1), later[..., : length - 1]], dim=-1)  # from distance L - 1 down to -(L - 1)
+    return taps.unfold(-1, length, 1).flip(-2)
+
+
 def _at_negative_distances(spectrum: Tensor, size: int) -> Tensor:
     """From the spectrum of taps at 0, 1, ... that of the same taps at -1, -2, ...: time reversed, one step earlier."""
     step = torch.arange(spectrum.shape[-1], device=spectrum.device, dtype=spectrum.real.dtype)
