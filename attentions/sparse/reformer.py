@@ -104,9 +104,8 @@ class Reformer(Attention):
         scores = (state.k[:, :-1].transpose(1, 2) @ q.transpose(1, 2).mT).squeeze(-1)
         weights = masked_softmax(scores, visible).to(q.dtype)
         values = repeat_heads(state.v, self.spec.num_heads).transpose(1, 2)
-        read = torch.where(
-            visible.any(-1)[..., None], (weights[:, :, None] @ values[:, :, :-1])[:, :, 0], values[:, :, -1]
-        )
+        read = (weights[:, :, None] @ values[:, :, :-1])[:, :, 0]
+        read = torch.where(visible.any(-1, keepdim=True), read, values[:, :, -1])
         return self.out_proj(read.flatten(1))[:, None], state
 
     def prefill(
