@@ -53,6 +53,15 @@ def chosen(mask: Tensor, most: int | None = None) -> Tensor:
     return largest(torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf), most)
 
 
+def nearby(length: int, window: int, *, causal: bool, device: torch.device) -> Selection:
+    """The `window` latest positions (noncausal: those less than `window` away) of each of `length` positions."""
+    size = min(window, length)  # so that a window lies in the own block and its neighbours
+    own = torch.arange(-(-length // size), device=device)[:, None]
+    blocks = own + torch.arange(-1, 1 if causal else 2, device=device)
+    blocks = blocks.masked_fill(blocks == len(own), -1)
+    return Selection(blocks[None, None], size, size, causal=causal, window=window)
+
+
 def largest(scores: Tensor, count: int) -> Tensor:
     """Indices of the largest scores of each row, the first among equals: [..., N] -> [..., min(count, N)] int64.
 
