@@ -106,12 +106,12 @@ def test_controls_that_rise_and_fall_by_hundreds_stay_exact_in_float32(make_laye
     layer.chunk_size = 4
     q, k, v = torch.randn(3, B, 13, H, 5, dtype=torch.float64)
     control = 300 * torch.randn(B, 13, H, N, dtype=torch.float64)
-    single = [x.float() for x in (q, k, v, control)]
+    single = [x.float().requires_grad_() for x in (q, k, v, control)]
+    got = layer.attend(*single[:3], control=single[3])
     want = layer.attend(q, k, v, control=single[3].double())
-    assert want.isfinite().all()
-    torch.testing.assert_close(
-        layer.attend(*single[:3], control=single[3]).double(), want, rtol=0, atol=1e-4
-    )  # float32 rounds controls of 1000 at 6e-5
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)  # float32 rounds controls of 1000 at 6e-5
+    got.sum().backward()  # also through what is padded behind the end, where a wrong scale would overflow
+    assert all(x.grad.isfinite().all() for x in single)
 
 
 def test_dropout_takes_whole_slots_from_a_query(make_layer):
