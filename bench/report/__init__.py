@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bench.report.frames import Frames
-    from bench.report.leaderboard import Board
+    from bench.report.group import Group
+    from bench.report.leaderboard import Board, Key
 
 SOLVED = 0.99  # a seed has solved a task of unit 'fraction' from here on; also the ceiling of the edge warning
 NOTHING = "nothing to report: no runs are recorded; type make bench TASK=mqar"
@@ -27,32 +28,39 @@ def write(
     only: Iterable[tuple[str, str, str]] | None = None,
     solved: float = SOLVED,
 ) -> list[Path]:
-    """Write every board that the frames hold; a second call changes no byte and no file.
+    """Write every board that the frames hold, and a page for every group of boards; twice changes no byte and no file.
 
     Args:
         frames: see bench.report.frames.
         folder: results/leaderboards; each board gets a folder in it.
         defaults: names of the default `backbone` and `budget`, which a folder's name leaves out.
-        only: restrict to these (task, backbone, budget).
+        only: restrict to these (task, backbone, budget), and to the groups that they belong to.
         solved: threshold of the solve rate.
 
     Returns:
-        The files of the boards, in order; none when there is nothing to report.
+        The files of the boards, then of the groups, in order; none when there is nothing to report.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    from bench.report import files, leaderboard
+    from bench.report import files, group, leaderboard
 
     boards = leaderboard.boards(frames, solved=solved)
     names = leaderboard.folder_names([board.key for board in boards], defaults)
-    wanted = None if only is None else {tuple(key) for key in only}
-    return [
+    wanted = {board.key for board in boards} if only is None else {leaderboard.Key(*key) for key in only}
+    paths = [
         path
         for board in boards
-        if wanted is None or tuple(board.key) in wanted
+        if board.key in wanted
         for path in files.save(folder / names[board.key], contents(board))
     ]
+    pages = group.groups(boards)
+    folders = group.folder_names([page.key for page in pages], defaults, taken=names.values())
+    links = {key: f"../{name}/leaderboard.md" for key, name in names.items()}
+    for page in pages:
+        if any(column.board.key in wanted for column in page.columns):
+            paths += files.save(folder / folders[page.key], group_contents(page, links), files.OWN_OF_GROUP)
+    return paths
 
 
 def contents(board: Board) -> dict[str, bytes]:
@@ -71,10 +79,31 @@ def contents(board: Board) -> dict[str, bytes]:
     }
 
 
+def group_contents(group: Group, links: Mapping[Key, str]) -> dict[str, bytes]:
+    """File name -> bytes of one group; `links`: key of a board -> address of its page."""
+    from bench.report import files, group_page, group_plot
+    from bench.report.figure import render
+
+    pictures = {name: render(draw, group) for name, (draw, _) in group_plot.PLOTS.items()}
+    drawn = {name: picture for name, picture in pictures.items() if picture is not None}
+    shown = {name: group_plot.PLOTS[name][1] for name in drawn}
+    return {
+        "index.md": group_page.page(group, links, shown).encode(),
+        "index.csv": files.csv(group_page.csv_table(group)),
+        **drawn,
+    }
+
+
 def tables(
     frames: Frames, *, only: Iterable[tuple[str, str, str]] | None = None, solved: float = SOLVED
 ) -> list[Table]:
-    """The ranked tables for the terminal, one per board; `only` as in `write`."""
-    from bench.report import leaderboard, markdown
+    """The tables for the terminal: one per board, then one per group; `only` as in `write`."""
+    from bench.report import group, group_page, leaderboard, markdown
 
-    return [markdown.terminal(board) for board in leaderboard.boards(frames, solved=solved, only=only)]
+    boards = leaderboard.boards(frames, solved=solved)
+    wanted = {board.key for board in boards} if only is None else {leaderboard.Key(*key) for key in only}
+    pages = [g for g in group.groups(boards) if any(column.board.key in wanted for column in g.columns)]
+    return [
+        *(markdown.terminal(board) for board in boards if board.key in wanted),
+        *(group_page.terminal(page) for page in pages),
+    ]

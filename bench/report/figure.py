@@ -6,9 +6,10 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib.style
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from bench.report import wording
 from bench.report.leaderboard import FLOORS, Board
 
+Shown = TypeVar("Shown")
 DPI = 150
 # Okabe and Ito 2008, colours that all kinds of colour vision tell apart; yellow is left out: too pale on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B4FA3")
@@ -41,10 +43,10 @@ STYLE = {
 }
 
 
-def looks(board: Board) -> dict[str, tuple[str, str]]:
-    """(colour, marker) of every mechanism, equal in all plots of a board; softmax is black, the floors grey."""
+def looks(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of every mechanism, equal in all plots of these runs; softmax is black, the floors grey."""
     fixed = {"softmax": ("#000000", "o"), **{name: (GREY, mark) for name, mark in zip(FLOORS, "x+*", strict=True)}}
-    others = [name for name in sorted(board.runs["attention"].unique()) if name not in fixed]
+    others = [name for name in sorted(runs["attention"].unique()) if name not in fixed]
     return {
         **fixed,
         # a marker changes with each turn of the colours, so 63 mechanisms differ in one or the other
@@ -55,8 +57,8 @@ def looks(board: Board) -> dict[str, tuple[str, str]]:
     }
 
 
-def render(draw: Callable[[Board], Figure | None], board: Board) -> bytes | None:
-    """The PNG of a plot, or None when the board has nothing to show in it; no date and no version enter it."""
+def render(draw: Callable[[Shown], Figure | None], board: Shown) -> bytes | None:
+    """The PNG of a plot, or None when the board (or group) has nothing to show in it; it holds no date, no version."""
     with matplotlib.style.context(["default", STYLE]):
         figure = draw(board)
         if figure is None:
@@ -66,12 +68,12 @@ def render(draw: Callable[[Board], Figure | None], board: Board) -> bytes | None
         return out.getvalue()
 
 
-def new(width: float, height: float, board: Board, title: str) -> Figure:
-    """An empty figure, sizes in inches, with title and a caption of conditions that fit the width."""
+def new(width: float, height: float, caption: str, title: str) -> Figure:
+    """An empty figure, sizes in inches, with title and a caption (the conditions) that fit the width."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     heading = textwrap.fill(title, int(width * 12))
-    caption = "\n".join(textwrap.fill(line, int(width * 20)) for line in wording.caption(board).splitlines())
+    caption = "\n".join(textwrap.fill(line, int(width * 20)) for line in caption.splitlines())
     figure.suptitle(heading, x=0.01, ha="left", fontsize=10, fontweight="bold")
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=6, color=GREY)
     return figure
@@ -81,7 +83,7 @@ def panels(board: Board, title: str, names: Sequence[str], x: str, y: str) -> tu
     """One small panel per mechanism with common axes, its name above it."""
     columns = min(len(names), 4 if len(names) <= 12 else 5 if len(names) <= 20 else 6)
     rows = math.ceil(len(names) / columns)
-    figure = new(max(4.8, 2.2 * columns + 0.5), 1.6 * rows + 1.1, board, title)
+    figure = new(max(4.8, 2.2 * columns + 0.5), 1.6 * rows + 1.1, wording.caption(board), title)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     axes = [ax for row in grid for ax in row]
     for index, ax in enumerate(axes):

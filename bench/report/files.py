@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from bench import atomic
 from bench.errors import UserError
 from bench.report.frames import SCHEMAS, Frames
+from bench.report.group_plot import PLOTS as GROUP_PLOTS
 from bench.report.leaderboard import Board, slice_order
 from bench.report.plots import PLOTS
 
@@ -21,6 +22,7 @@ OWN = [
     *PLOTS,
     *(f"{name}.{kind}" for name in SCHEMAS for kind in ("csv", "parquet")),
 ]
+OWN_OF_GROUP = ["index.md", "index.csv", *GROUP_PLOTS]
 
 
 def csv(table: pd.DataFrame, board: Board | None = None) -> bytes:
@@ -54,8 +56,11 @@ def tables(frames: Frames) -> dict[str, bytes]:
     return out
 
 
-def save(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+def save(folder: Path, files: Mapping[str, bytes], own: Collection[str] = OWN) -> list[Path]:
     """Write files into a folder, each temp -> rename; what did not change is not touched, what is gone is removed.
+
+    Args:
+        own: names that this page may write; those that are not among `files` are removed.
 
     Raises:
         UserError: the folder cannot be written.
@@ -66,7 +71,7 @@ def save(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             path = folder / name
             if not (path.is_file() and path.read_bytes() == content):
                 atomic.replace(path, content)
-        for name in set(OWN) - set(files):  # a plot that no longer has data must not stay beside the new page
+        for name in set(own) - set(files):  # a plot that no longer has data must not stay beside the new page
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(

@@ -108,7 +108,7 @@ def folder_names(keys: Sequence[Key], defaults: Mapping[str, str]) -> dict[Key, 
     names = {}
     for key in keys:
         others = [part for name, part in key._asdict().items() if name != "task" and part != defaults[name]]
-        names[key] = "-".join(_safe(part) for part in (key.task, *others))
+        names[key] = "-".join(safe(part) for part in (key.task, *others))
     taken = Counter(name.casefold() for name in names.values())
     for key, name in names.items():
         if taken[name.casefold()] > 1 or len(name) > 100:  # one folder is one board, and its name fits a file system
@@ -116,6 +116,6 @@ def folder_names(keys: Sequence[Key], defaults: Mapping[str, str]) -> dict[Key, 
     return names
 
 
-def _safe(name: str) -> str:
+def safe(name: str) -> str:
     """A row's name as part of a file name: `mqar(vocab_size=64)` is mqar-vocab_size_64."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name.replace("=", "_")).strip("-.") or "board"

@@ -42,7 +42,9 @@ def _heat(board: Board, kinds: dict[str, str], title: str) -> Figure | None:
     norm = Normalize(0, 1) if fraction else Normalize(min(shown), max(shown))
     starts = [1.4 if i == 0 else 0.0 for i in range(len(groups))]  # the column "all" stands once, with a gap behind it
     widths = [len(values) + start for values, start in zip(groups.values(), starts, strict=True)]
-    figure = f.new(2.2 + 0.44 * sum(widths), 1.5 + 0.24 * len(names), board, f"{title}, mean over seeds")
+    figure = f.new(
+        2.2 + 0.44 * sum(widths), 1.5 + 0.24 * len(names), wording.caption(board), f"{title}, mean over seeds"
+    )
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False, width_ratios=widths)[0]
     for ax, start, (key, values) in zip(axes, starts, groups.items(), strict=True):
         columns = [("all", [whole[a] for a in names], 0.0)] if start else []
@@ -79,11 +81,12 @@ def against_state(board: Board) -> Figure | None:
     drawn = [row for row in rows if row["attention"] not in FLOORS]
     if not drawn:
         return None
-    figure = f.new(7.5, 5.2, board, f"{board.metric.capitalize()} on test against the state that decoding carries")
+    title = f"{board.metric.capitalize()} on test against the state that decoding carries"
+    figure = f.new(7.5, 5.2, wording.caption(board), title)
     ax = figure.subplots()
     positive = [row["state_bytes"] for row in drawn if row["state_bytes"] > 0] or [1.0]
     nothing = min(positive) / 4  # where a mechanism without state stands: a logarithm has no zero
-    look = f.looks(board)
+    look = f.looks(board.runs)
     labels = []
     for row in drawn:
         x, y = row["state_bytes"] or nothing, row["test_mean"]
@@ -168,7 +171,7 @@ def _curves(board: Board, column: str, label: str, title: str) -> Figure | None:
         for name in names
     }  # fmt: skip
     means = {name: _mean_curve([(x, y) for good, x, y in runs if good]) for name, runs in seeds.items()}
-    look = f.looks(board)
+    look = f.looks(board.runs)
     for ax, name in zip(axes, names, strict=True):
         for other in names:
             ax.plot(*means[other], color=f.PALE, lw=0.7, zorder=1)
@@ -208,7 +211,7 @@ def learning_rates(board: Board) -> Figure | None:
     good = runs[runs["good"]]
     means = {name: good[good["attention"] == name].groupby("learning_rate")["valid"].mean() for name in names}
     rates = board.table.set_index("attention")["learning_rate"].to_dict()
-    look = f.looks(board)
+    look = f.looks(board.runs)
     for ax, name in zip(axes, names, strict=True):
         for other in names:
             ax.plot(means[other].index, means[other], color=f.PALE, lw=0.7, zorder=1)

@@ -99,27 +99,38 @@ def title(board: Board) -> str:
 def conditions(board: Board) -> dict[str, str]:
     """The facts that hold for the whole board, by heading; several values are counted."""
     runs, key = board.runs, board.key
-    ran = runs[runs["status"] == "ok"]  # a run that died before it began does not know its device
     mechanisms, rates, seeds = board.grid
     planned, status = mechanisms * rates * seeds, Counter(runs["status"])
     failed = len(runs) - status["ok"] - status["unsupported"]
     days = sorted(runs["started_at"].dropna().str.slice(0, 10))
     when = "" if not days else f"; run on {days[0]}" if days[0] == days[-1] else f"; run from {days[0]} to {days[-1]}"
-    grid = ", ".join(f"{value:g}" for value in sorted(runs["learning_rate"].unique()))
-    commits = runs["git_commit"].fillna("unknown").str.slice(0, 10) + runs["git_dirty"].map(
-        {True: " with changes"}
-    ).fillna("")
     return {
         "Task": f"{several(runs['task_id'])}, version {several(runs['task_version'])}; {metric(board)}; "
         f"chance {number(board.measure.chance, board.fraction)}",
-        "Budget": f"{key.budget}: at most {several(runs['max_steps'].map(lambda steps: f'{steps:g}'))} steps, "
-        f"learning rates {grid}",
+        "Budget": budget(key.budget, runs),
         "Runs": f"{_count(mechanisms, 'mechanism')} × {_count(rates, 'learning rate')} × {_count(seeds, 'seed')} "
         f"= {planned} planned: "
         f"{status['ok']} ok, {failed} failed, {status['unsupported']} unsupported, {planned - len(runs)} missing{when}",
-        "Machine": f"{several(ran['device'])}; {several(runs['dtype'])}; torch {several(runs['torch'])}; "
-        f"Python {several(runs['python'])}; commit {several(commits)}",
+        "Machine": machine(runs),
     }
+
+
+def budget(name: str, runs: pd.DataFrame) -> str:
+    """Steps and learning rates under a budget's name."""
+    grid = ", ".join(f"{value:g}" for value in sorted(runs["learning_rate"].unique()))
+    steps = several(runs["max_steps"].map(lambda steps: f"{steps:g}"))
+    return f"{name}: at most {steps} steps, learning rates {grid}"
+
+
+def machine(runs: pd.DataFrame) -> str:
+    """Device, precision, versions and commit; several values are counted."""
+    ran = runs[runs["status"] == "ok"]  # a run that died before it began does not know its device
+    changes = runs["git_dirty"].map({True: " with changes"}).fillna("")
+    commits = runs["git_commit"].fillna("unknown").str.slice(0, 10) + changes
+    return (
+        f"{several(ran['device'])}; {several(runs['dtype'])}; torch {several(runs['torch'])}; "
+        f"Python {several(runs['python'])}; commit {several(commits)}"
+    )
 
 
 def _count(number: int, thing: str) -> str:

@@ -94,7 +94,7 @@ def test_heat_map_cells_show_the_means_of_the_slices(board):
 def test_training_curves_are_those_of_the_chosen_rate(board):
     drawn = plots.valid_curves(board)
     panel = next(ax for ax in drawn.axes if ax.get_title(loc="left") == "retention")
-    colour = figure.looks(board)["retention"][0]
+    colour = figure.looks(board.runs)["retention"][0]
     thin = [line for line in panel.lines if line.get_color() == colour and line.get_linewidth() == 0.6]
     runs = board.runs[board.runs["chosen"] & (board.runs["attention"] == "retention")]
     assert len(thin) == 3 and set(runs["learning_rate"]) == {0.03}
@@ -122,7 +122,7 @@ def test_learning_rate_plot_rings_the_choice_and_crosses_the_failures(board):
 def test_a_mechanism_has_one_look_in_all_plots_and_no_two_share_it():
     names = tuple(f"mechanism_{i}" for i in range(58))
     (board,) = boards(frames((*names, "softmax", "none"), seeds=(0,), rates=(0.01,), trouble=False))
-    looks = figure.looks(board)
+    looks = figure.looks(board.runs)
     assert len(looks) == len(set(looks.values())) == 58 + len({"softmax", *FLOORS})
 
 
