@@ -77,10 +77,8 @@ class ABC(QKVAttention):
         length = q.shape[1]
         num_chunks = math.ceil(length / self.chunk_size)
         size = math.ceil(length / num_chunks)
-        q, k, v, control = (
-            F.pad(x, (0, 0, 0, 0, 0, num_chunks * size - length), value=fill).transpose(1, 2)
-            for x, fill in ((q, 0.0), (k, 0.0), (v, 0.0), (control, NEVER))
-        )
+        padding = 0, 0, 0, 0, 0, num_chunks * size - length
+        q, k, v, control = (F.pad(x, padding).transpose(1, 2) for x in (q, k, v, control))
         peak = control.detach().cummax(dim=2).values
         q, k, v, control, peak = (x.unflatten(2, (num_chunks, size)) for x in (q, k, v, control, peak))
         future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
