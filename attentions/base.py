@@ -84,9 +84,9 @@ class LayerSpec:
     num_layers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dim", "num_heads", "kv_heads", "num_layers", "max_length", "max_keys"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('kv_', 'num_kv_')} must be at least 1, got {getattr(self, name)}")
+        for name in ("dim", "num_heads", "num_kv_heads", "num_layers", "max_length", "context_length"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         if self.dim % self.num_heads:
             near = sorted(
                 (h for h in range(1, self.dim + 1) if self.dim % h == 0), key=lambda h: abs(h - self.num_heads)
@@ -109,7 +109,7 @@ class LayerSpec:
     @property
     def max_keys(self) -> int:
         """The longest sequence of keys: of the context in cross-attention, else of the sequence itself."""
-        return self.context_length or self.max_length if self.cross else self.max_length
+        return self.max_length if self.context_length is None or not self.cross else self.context_length
 
     @property
     def head_dim(self) -> int:
@@ -226,6 +226,14 @@ class Attention(nn.Module, ABC):
             outputs.append(output)
         return torch.cat(outputs, dim=1), state
 
+    def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Where keys and values come from."""
+        if self.spec.cross != (context is not None):
+            raise ValueError(
+                f"spec.cross={self.spec.cross}, but a context was {'not ' if context is None else ''}given"
+            )
+        return x if context is None else context
+
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Scalar losses of the last forward that the trainer adds (router balance, distillation)."""
         return {}
@@ -330,13 +338,6 @@ class QKVAttention(Attention):
         if not self.spec.cross:
             state = self.update(state, *self.key_value(x), **self.terms(x))
         return self.forward(x, context, key_mask=key_mask), state
-
-    def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
-        if self.spec.cross != (context is not None):
-            raise ValueError(
-                f"spec.cross={self.spec.cross}, but a context was {'not ' if context is None else ''}given"
-            )
-        return x if context is None else context
 
 
 def rotary(heads: Tensor, *, base: float = 10000.0, start: int = 0) -> Tensor:

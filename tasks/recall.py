@@ -156,24 +156,25 @@ class Recall(Task):
         length, dtype = segment.length, token_dtype(self.vocab_size + 2, segment.length)
         pair = np.argsort(rows.slots, axis=1)  # the pair that each question asks for, in the order of asking
         keys, values, slots = (np.take_along_axis(part, pair, 1) for part in rows[:3])
+        columns: Array = np.arange(pairs)[None].repeat(n, 0)
         sequence = np.empty((n, length), dtype)
         sequence[:, 0 : segment.context : 2] = rows.keys
         sequence[:, 1 : segment.context : 2] = rows.values
         sequence[:, segment.context :] = rows.filler
         shift = 2 * shifts.integers(length // 2, size=(n, 1))
-        column = np.arange(pairs)[None].repeat(n, 0)
         if self.protocol == "noncausal_self":
             asked = segment.context + 2 * slots
             np.put_along_axis(sequence, asked, keys.astype(dtype), 1)
             np.put_along_axis(sequence, asked + 1, np.asarray(self.mask, dtype), 1)
+            answer: Array
             answer, key = (asked + 1 + shift) % length, (2 * pair + shift) % length
-            column = np.argsort(answer, axis=1)  # questions in the order of their places after the turn
-            answer, key, values = (np.take_along_axis(part, column, 1) for part in (answer, key, values))
+            turn = np.argsort(answer, axis=1)  # questions in the order of their places after the turn
+            answer, key, values = (np.take_along_axis(part, turn, 1) for part in (answer, key, values))
             extra = {"distance": np.abs(answer - key)}
         elif self.protocol == "noncausal_cross":
-            answer, extra = column, {"inputs": keys}
+            answer, extra = columns, {"inputs": keys}
         else:
-            answer, extra = 2 * column, {"inputs": np.stack([keys, values], axis=2).reshape(n, 2 * pairs)}
+            answer, extra = 2 * columns, {"inputs": np.stack([keys, values], axis=2).reshape(n, 2 * pairs)}
         turned = np.take_along_axis(sequence, (np.arange(length) - shift) % length, 1)
         arrays = {"positions": answer, "targets": values, **extra}
         arrays["inputs" if self.protocol == "noncausal_self" else "context"] = turned

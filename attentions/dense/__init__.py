@@ -1,1 +1,1 @@
-"""Exact softmax attention and its control, no attention."""
+"""Every query reads every visible key: softmax attention, its relatives, and the floors."""

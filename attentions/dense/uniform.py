@@ -22,7 +22,8 @@ class RunningMean(State):
 class Uniform(Attention):
     """Every visible position counts the same: o_t = W_o mean_j W_v x_j. What a mechanism scores above it, it selects.
 
-    Softmax attention with scores that are all equal. A query that sees no key reads zero.
+    Softmax attention with scores that are all equal. A query that sees no key reads zero. 2 M^2 parameters; as a floor
+    it has no dropout.
 
     Source: ours, as the floor under the rows that learn where to look; Vaswani et al. 2017,
     https://arxiv.org/abs/1706.03762, eq. 1 with Q = 0.
@@ -38,7 +39,7 @@ class Uniform(Attention):
         self.out_proj = nn.Linear(spec.dim, spec.dim, bias=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
+        source = self._source(x, context)
         values, seen = self.v_proj(source), torch.ones_like(source[..., :1])
         if key_mask is not None:
             values, seen = (part.masked_fill(~key_mask[..., None], 0.0) for part in (values, seen))
@@ -57,7 +58,11 @@ class Uniform(Attention):
         state = RunningMean(
             total=like.new_zeros(batch_size, self.spec.dim, dtype=wide), count=like.new_zeros(batch_size, dtype=wide)
         )
-        return state if context is None else self._write(context, state, key_mask)
+        if not self.spec.cross:
+            return state
+        if context is None:
+            raise ValueError("cross-attention decodes over a context: init_state(batch_size, context)")
+        return self._write(context, state, key_mask)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         assert isinstance(state, RunningMean)

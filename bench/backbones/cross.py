@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -75,7 +76,9 @@ class Cross(Backbone):
         )
         self.num_layers = num_layers
         self.initialisation = initialisation
-        shape = dict(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions)
+        slot = functools.partial(
+            slot_spec, task, dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions
+        )
         length = task.context_length or task.length
         self.embedding = TokenEmbedding(task.inputs, task.length, dim, "none", embedding_dropout)
         self.context_embedding = TokenEmbedding(
@@ -83,11 +86,11 @@ class Cross(Backbone):
         )
         self.context_layer: Layer | None = None
         if context_mixer is not None:
-            mixer = context_mixer(slot_spec(task, Pattern.NONCAUSAL_SELF, on_context=True, **shape))
+            mixer = context_mixer(slot(Pattern.NONCAUSAL_SELF, on_context=True))
             self.context_layer = Layer(dim, mixer, "none", 0, residual_dropout)
         layers = []
         for index in range(num_layers):
-            spec = slot_spec(task, self.slots["cross"], layer=index, num_layers=num_layers, **shape)
+            spec = slot(self.slots["cross"], layer=index, num_layers=num_layers)
             layers.append(Layer(dim, attention(spec), state_mixer, mlp_ratio, residual_dropout))
         self.layers = nn.ModuleList(layers)
         self.context_norm = nn.LayerNorm(dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -81,7 +82,9 @@ class EncoderDecoder(Backbone):
         )
         self.num_layers = num_encoder_layers + num_layers
         self.initialisation = initialisation
-        shape = dict(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions)
+        spec_of = functools.partial(
+            slot_spec, task, dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions
+        )
         fill = {name: attention if name == slot else others for name in self.slots}
         length = task.context_length or task.length
         self.embedding = TokenEmbedding(task.inputs, task.length, dim, positions, embedding_dropout)
@@ -90,12 +93,12 @@ class EncoderDecoder(Backbone):
         )
         encoder = []
         for factory, index, count in alternating(fill["encoder_self"], alternate_with, num_encoder_layers):
-            spec = slot_spec(task, self.slots["encoder_self"], layer=index, num_layers=count, on_context=True, **shape)
+            spec = spec_of(self.slots["encoder_self"], layer=index, num_layers=count, on_context=True)
             encoder.append(Layer(dim, factory(spec), state_mixer, mlp_ratio, residual_dropout))
         decoder = []
         for index in range(num_layers):
             specs: dict[str, LayerSpec] = {
-                name: slot_spec(task, self.slots[name], layer=index, num_layers=num_layers, **shape)
+                name: spec_of(self.slots[name], layer=index, num_layers=num_layers)
                 for name in ("decoder_self", "cross")
             }
             own, cross = (fill[name](spec) for name, spec in specs.items())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attentions.base import Attention, LayerSpec, State, UnsupportedPattern
 from bench.contract.comparing import EXACT, FORMS, ContractError, NotApplicable, require_equal
-from bench.contract.layers import BATCH, CONTEXT, LENGTH, LONG, Factory, build, inputs, replaced, run_layer
+from bench.contract.layers import BATCH, CONTEXT, LENGTH, LONG, Factory, build, inputs, noise, replaced, run_layer
 
 
 def started(module: Attention, batch: int, *context: Tensor, **keywords: Any) -> State:
@@ -117,27 +117,53 @@ def check_state_apart(factory: Factory, spec: LayerSpec) -> None:
 @torch.no_grad()
 def check_state_bytes(factory: Factory, spec: LayerSpec) -> str:
     """`State.nbytes` counts every tensor held and equals the declared formula, and no view keeps the past alive."""
-    module = build(factory, spec, dtype=torch.float32)
-    reported, hidden = [], []
-    for length in (64, 512):
-        x, *context = inputs(spec, length, batch=1, dtype=torch.float32)
-        started(module, 1, *context)
-        _, state = module.prefill(x, *context)
-        if not isinstance(state, State):
-            raise ContractError(f"the state is a {type(state).__name__}, not a State")
-        tensors = [value for _, value in leaves(state) if isinstance(value, Tensor)]
-        if (held := sum(tensor.nbytes for tensor in tensors)) != state.nbytes:
-            raise ContractError(f"after {length} positions the state holds {held} bytes and reports {state.nbytes}")
-        declared = module.state_bytes(CONTEXT if spec.cross else length)
-        if declared != state.nbytes:
+    grouped = replace(spec, num_heads=6, num_kv_heads=2)
+    rotary = spec if spec.cross else replace(spec, rotary_base=10000.0)
+    reported = {}
+    for variant, lengths in ((spec, (37, 131, 64, 512)), (grouped, (37,)), (rotary, (37,))):
+        module = build(factory, variant, dtype=torch.float32)
+        hidden = []
+        for length in lengths:
+            source = noise(1, length, spec.dim, seed=2, dtype=torch.float32)
+            if spec.cross:
+                x = noise(1, 5, spec.dim, seed=1, dtype=torch.float32)
+                started(module, 1, source)
+                _, state = module.prefill(x[:, :2], source)
+                _, after = decode(module, x[:, 2:], state)
+                states = {f"{length} positions": state, f"{length} positions of the context and three steps": after}
+                expected = dict.fromkeys(states, module.state_bytes(length))
+            else:
+                started(module, 1)
+                _, state = module.prefill(source[:, :-3])
+                _, after = decode(module, source[:, -3:], state)
+                states = {f"{length - 3} positions": state, f"{length} positions": after}
+                expected = {f"{size} positions": module.state_bytes(size) for size in (length - 3, length)}
+            for words, held in states.items():
+                _require_counted(held, expected[words], f"H={variant.num_heads}, after {words}")
+            hidden.append(_hidden_bytes(state))
+            reported[length] = after.nbytes
+        if hidden[-1] > max(hidden[:-1], default=hidden[-1]):
             raise ContractError(
-                f"after {length} positions the state holds {state.nbytes} bytes, by state_bytes() {declared}"
+                f"views keep {hidden[-1]} bytes alive behind {after.nbytes} reported at {lengths[-1]} positions: clone"
             )
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        reported.append(state.nbytes)
-        hidden.append(sum(storages.values()) - state.nbytes)
-    if hidden[1] > max(0, hidden[0]):
-        raise ContractError(
-            f"views keep {hidden[1]} bytes alive behind the {reported[1]} reported at 512 positions: clone"
-        )
-    return f"{reported[0]} bytes at 64 positions, {reported[1]} at 512"
+    return f"{reported[64]} bytes at 64 positions, {reported[512]} at 512"
+
+
+def _tensors(state: State) -> list[Tensor]:
+    return [value for _, value in leaves(state) if isinstance(value, Tensor)]
+
+
+def _require_counted(state: Any, declared: int, what: str) -> None:
+    """Raises ContractError unless nbytes, the tensors held and the formula agree."""
+    if not isinstance(state, State):
+        raise ContractError(f"the state is a {type(state).__name__}, not a State")
+    if (held := sum(tensor.nbytes for tensor in _tensors(state))) != state.nbytes:
+        raise ContractError(f"{what} the state holds {held} bytes and reports {state.nbytes}")
+    if declared != state.nbytes:
+        raise ContractError(f"{what} the state holds {state.nbytes} bytes, by state_bytes() {declared}")
+
+
+def _hidden_bytes(state: State) -> int:
+    """Bytes of the storages behind a state's tensors that the state does not report."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(state)}
+    return sum(storages.values()) - state.nbytes

@@ -11,8 +11,10 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from attentions.base import UnsupportedPattern
 from bench.config import CONF, ROOT
 from bench.contract import CHECKS, run
+from bench.contract.layers import constructor, slot
 
 ROWS = {path.stem: path for path in sorted((CONF / "attention").glob("*.yaml"))}
 
@@ -26,6 +28,21 @@ def test_contract(row, check):
     assert not broken, "; ".join(broken)
     if all(outcome.status == "skip" for outcome in outcomes):
         pytest.skip("; ".join(sorted({outcome.detail for outcome in outcomes})) or f"not about the patterns of {row}")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_says_what_it_is_what_it_costs_and_why_it_cannot(row):
+    """One sentence in the YAML, a declared cost, and for each pattern that it lacks the reason."""
+    comment, *_ = ROWS[row].read_text().splitlines()
+    assert comment.startswith("# ") and comment.endswith(".")
+    factory = instantiate(OmegaConf.load(ROWS[row]), _convert_="all")
+    cls = constructor(factory)
+    if cls is None:
+        return  # a hybrid has what its members have
+    assert cls.complexity != "not declared" and cls.paper and cls.__doc__
+    for pattern in ~cls.patterns:
+        with pytest.raises(UnsupportedPattern, match=r"is not defined for .* attention \(.{15,}\); it has: "):
+            factory(slot(pattern))
 
 
 def command(*arguments, cwd=ROOT):

@@ -45,10 +45,3 @@ def test_a_hybrid_of_nothing_is_refused():
 def test_the_rows_alternate_as_they_say(row, classes):
     factory = instantiate(OmegaConf.load(ROWS / f"{row}.yaml"))
     assert [type(factory(spec(layer))) for layer in range(2 * len(classes))] == classes * 2
-
-
-@pytest.mark.parametrize("path", sorted(ROWS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_row_opens_with_one_sentence_and_builds_a_causal_layer(path):
-    comment, *_ = path.read_text().splitlines()
-    assert comment.startswith("# ") and comment.endswith(".")
-    assert instantiate(OmegaConf.load(path))(spec(0)).spec.causal

@@ -92,7 +92,7 @@ class Hoard(KVCache):
     more: dict[str, Tensor] = field(default_factory=dict)
 
 
-@caught("state_bytes", "after 64 positions the state holds .* bytes and reports")
+@caught("state_bytes", "after 34 positions the state holds .* bytes and reports")
 class UncountedState(Softmax):
     """Carries more than it reports."""
 
@@ -101,7 +101,33 @@ class UncountedState(Softmax):
         return Hoard(k=new.k, v=new.v, mask=new.mask, position=new.position, more={"spare": torch.zeros(1000)})
 
 
-@caught("state_bytes", "views keep .* bytes alive behind the", window=4)
+@caught("state_bytes", "H=6, after 34 positions the state holds 3264 bytes, by state_bytes\\(\\) 9792")
+class FormulaOfQueryHeads(Softmax):
+    """Counts query heads where key-value heads are stored."""
+
+    def state_bytes(self, length: int) -> int:
+        return 4 * length * self.spec.num_heads * (self.key_dim + self.value_dim)
+
+
+@caught("state_bytes", "H=3, after 34 positions the state holds .* bytes, by state_bytes")
+class FormulaOfWholeBlocks(Softmax):
+    """Right at multiples of 64 only."""
+
+    def state_bytes(self, length: int) -> int:
+        return super().state_bytes(-(-length // 64) * 64)
+
+
+@caught("state_bytes", "after 37 positions of the context and three steps the state holds")
+class HoardsWhileStepping(Softmax):
+    """In cross-attention the state should stand still, and grows with every step."""
+
+    def step(self, x, state):
+        output, new = super().step(x, state)
+        spare = {"spare": torch.zeros(1, new.position + 1 + len(getattr(state, "more", {})))}
+        return output, Hoard(k=new.k, v=new.v, mask=new.mask, position=new.position, more=spare)
+
+
+@caught("state_bytes", "views keep .* bytes alive behind ", window=4)
 class WindowAsView(SlidingWindow):
     """A slice of the cache keeps all of it alive."""
 
