@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar
 
@@ -102,24 +103,17 @@ class BigBird(Softmax):
         return torch.cat([chosen(fixed & visible, most).expand(-1, random.shape[1], -1, -1), random], dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> Tensor:
-        size, num_blocks = self.block_size, math.ceil(q.shape[1] / self.block_size)
-        # queries in first ... last - 1 read few blocks, those before and behind everything
-        first = 0 if self.spec.causal else min(self.num_global_blocks, num_blocks)
-        last = num_blocks if self.spec.causal else max(num_blocks - self.num_global_blocks, first)
-        inner, outer = q[:, first * size : last * size], [q[:, : first * size], q[:, last * size :]]
-        dropout = self.dropout if self.training else 0.0
-        heads = [q.new_empty(q.shape[0], 0, q.shape[2], v.shape[-1])] * 3
-        if first < last:
-            few = Selection(
-                self.blocks(num_blocks, first, last), size, size, causal=self.spec.causal, start=first * size
-            )
-            heads[1] = sparse_attention(inner, k, v, few, key_mask=key_mask, dropout=dropout)
-        if not self.spec.causal and self.num_global_blocks:
-            everything = torch.arange(num_blocks, device=q.device)[None, None, None]
-            dense = Selection(everything, size, sum(part.shape[1] for part in outer))
-            read = sparse_attention(torch.cat(outer, dim=1), k, v, dense, key_mask=key_mask, dropout=dropout)
-            heads[0], heads[2] = read.split([part.shape[1] for part in outer], dim=1)
-        return torch.cat([part.to(v.dtype) for part in heads], dim=1)
+        size, num_blocks, ends = self.block_size, math.ceil(q.shape[1] / self.block_size), self.num_global_blocks
+        read = functools.partial(sparse_attention, key_mask=key_mask, dropout=self.dropout if self.training else 0.0)
+        if self.spec.causal or not ends:
+            return read(q, k, v, Selection(self.blocks(num_blocks), size, size, causal=self.spec.causal))
+        everything = Selection(torch.arange(num_blocks, device=q.device)[None, None, None], size, q.shape[1])
+        if num_blocks <= 2 * ends:
+            return read(q, k, v, everything)
+        first, last = ends * size, (num_blocks - ends) * size
+        inner = read(q[:, first:last], k, v, Selection(self.blocks(num_blocks, ends, num_blocks - ends), size, size))
+        outer = read(torch.cat([q[:, :first], q[:, last:]], dim=1), k, v, everything)
+        return torch.cat([outer[:, :first], inner, outer[:, first:]], dim=1)
 
     def read(self, q: Tensor, state: State) -> Tensor:
         assert isinstance(state, KVCache)

@@ -12,6 +12,7 @@ from attentions.sparse._selection import (
     largest,
     masked_logsumexp,
     merge,
+    nearby,
     sparse_attention,
     sparse_attention_lse,
 )
@@ -87,6 +88,15 @@ def test_a_query_reads_the_keys_of_its_blocks_and_nothing_else(keywords, num_hea
             lambda mask=mask, selection=selection: naive(q, k, v, selection, mask)[0],
             [q, k, v],
         )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 4, 6, 9, 20])
+def test_a_window_lies_in_the_own_block_and_its_neighbours(window, causal, form):
+    q, k, v = heads(keys=T)
+    everything = Selection(torch.zeros(1, 1, T, 1, dtype=torch.long), T, causal=causal, window=window)
+    selection = nearby(T, window, causal=causal, device=q.device)
+    torch.testing.assert_close(sparse_attention(q, k, v, selection), naive(q, k, v, everything)[0])
 
 
 def test_log_sum_exps_carry_gradients_and_are_minus_infinity_without_a_key(form, agree):
