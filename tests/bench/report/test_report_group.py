@@ -13,9 +13,10 @@ from grouped import board, joined, patterns, reason
 from rich.console import Console
 from synthetic import frames
 
-from bench import report
+from bench import report, tables
 from bench.report import figure, group_page, group_plot
 from bench.report.composite import PATTERNS
+from bench.report.frames import Frames
 from bench.report.group import GroupKey, folder_names, groups
 from bench.report.leaderboard import boards
 
@@ -53,6 +54,21 @@ def test_boards_of_a_group_and_a_budget_are_read_together_in_the_order_of_the_pa
     found = groups(boards(other))
     assert [g.key for g in found] == [("patterns", "small"), ("patterns", "smoke")]
     assert [[c.pattern for c in g.columns] for g in found] == [list(PATTERNS)] * 2
+
+
+RECORD = dict(
+    run_id="r", attempt=1, config_id="c", cell_id="c", status="ok", reason="", seed=0, learning_rate=0.01,
+    task=dict(version=1), names=dict(task="t", backbone="b", attention="a", budget="s"), precision="float32",
+    config=dict(budget=dict(max_steps=5)), environment=dict(torch="2", python="3"), started_at="2026-11-24",
+)  # fmt: skip
+
+
+def test_group_and_pattern_come_from_the_record_and_may_be_absent(monkeypatch):
+    monkeypatch.setattr(tables, "_conditions", lambda record: "conditions")
+    new = {**RECORD, "run_id": "s", "task": {"version": 1, "group": "patterns"}, "pattern": "causal cross"}
+    runs = Frames.from_rows([tables._run(record, False) for record in (RECORD, new)], [], []).runs
+    assert runs["task_group"].isna().tolist() == runs["pattern"].isna().tolist() == [True, False]
+    assert runs.loc[1, ["task_group", "pattern"]].tolist() == ["patterns", "causal cross"]
 
 
 def test_records_without_a_group_make_none():
@@ -181,7 +197,7 @@ def test_the_page_names_its_reference_set_and_shows_scores_z_index_and_coverage(
     ]
     assert line_of(page, "Composite index", "uniform")[-1] == "floor"
     assert line_of(page, "Composite index", "(chance)")[5:9] == ["0.008"] * 4
-    assert "stand below the others: gla (2 of 4)" in page
+    assert "stand below the others: gla (2 of 4)" in page and "Only 3 mechanisms make the reference set" in page
     assert "the mean of the others flatters: linear in causal cross." in page
     assert "[recall_causal_self · conv_decoder · small](../recall_causal_self/leaderboard.md)" in page
 
