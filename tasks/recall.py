@@ -166,10 +166,9 @@ class Recall(Task):
             asked = segment.context + 2 * slots
             np.put_along_axis(sequence, asked, keys.astype(dtype), 1)
             np.put_along_axis(sequence, asked + 1, np.asarray(self.mask, dtype), 1)
-            answer: Array
-            answer, key = (asked + 1 + shift) % length, (2 * pair + shift) % length
-            turn = np.argsort(answer, axis=1)  # questions in the order of their places after the turn
-            answer, key, values = (np.take_along_axis(part, turn, 1) for part in (answer, key, values))
+            places = (asked + 1 + shift) % length, (2 * pair + shift) % length, values
+            turn = np.argsort(places[0], axis=1)  # questions in the order of their places after the turn
+            answer, key, values = (np.take_along_axis(part, turn, 1) for part in places)
             extra = {"distance": np.abs(answer - key)}
         elif self.protocol == "noncausal_cross":
             answer, extra = columns, {"inputs": keys}
