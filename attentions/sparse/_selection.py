@@ -122,8 +122,8 @@ def masked_logsumexp(scores: Tensor, visible: Tensor) -> Tensor:
 def _lowered(scores: Tensor, visible: Tensor) -> Tensor:
     """Not visible becomes the lowest finite number: the softmax of a row of -inf has NaN in its gradient."""
     wide = torch.promote_types(scores.dtype, torch.float32)
-    bias = torch.zeros(visible.shape, dtype=wide, device=visible.device)
-    return scores + bias.masked_fill(~visible, torch.finfo(wide).min)  # an addition: it costs the backward pass nothing
+    shown, hidden = (torch.full((), x, dtype=wide, device=scores.device) for x in (0.0, torch.finfo(wide).min))
+    return scores + torch.where(visible, shown, hidden)  # an addition: it costs the backward pass nothing
 
 
 class _Rows(NamedTuple):
@@ -165,8 +165,10 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, selection: Selection, key_mask: Tenso
         columns = torch.arange(num_keys, device=q.device)
         listed = blocks.new_zeros(*blocks.shape[:-1], -(-num_keys // size) + 1, dtype=torch.bool)
         listed = listed.scatter(-1, blocks % listed.shape[-1], True)  # -1 goes to the extra block at the end
-        visible = listed[:, :, :, torch.arange(length, device=q.device) // selection.query_block]
-        visible = visible[..., columns // size][:, :, None, None]  # [B, G, 1, 1, E, T, S]
+        visible = listed[..., :-1].repeat_interleave(size, dim=-1)[..., :num_keys]
+        if selection.query_block > 1:
+            visible = visible.repeat_interleave(selection.query_block, dim=-2)[..., :length, :]
+        visible = visible[:, :, None, None]  # [B, G, 1, 1, E, T, S]
         keys, values = (x.transpose(1, 2)[:, :, None, None] for x in (k, v))
 
     num_rows = -(-length // width)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attentions.base import LayerSpec, Pattern, State
 from attentions.dense.softmax import KVCache, Softmax
-from attentions.sparse._selection import Selection, chosen, largest, sparse_attention
+from attentions.sparse._selection import Selection, sparse_attention
 
 
 class BigBird(Softmax):
@@ -85,22 +85,28 @@ class BigBird(Softmax):
                 f"the random blocks are drawn for max_length={self.spec.max_length}, "
                 f"got at least {(num_blocks - 1) * self.block_size + 1} positions"
             )
+        causal, ends = self.spec.causal, self.num_global_blocks
         index = torch.arange(num_blocks, device=self.order.device)
-        behind = index[first:last, None] - index
-        ends = index < self.num_global_blocks
-        if self.spec.causal:
-            fixed, visible = (behind < self.num_window_blocks) | ends, behind >= 0
-        else:
-            ends = ends | (index >= num_blocks - self.num_global_blocks)
-            fixed, visible = (behind.abs() <= self.num_window_blocks // 2) | ends, torch.ones_like(behind).bool()
-        most = self.num_window_blocks + self.num_global_blocks * (1 if self.spec.causal else 2)
-        order = (
-            self.order[:, first:num_blocks, :num_blocks][:, : len(behind)]
-            .float()
-            .masked_fill(fixed | ~visible, -math.inf)
+        row = index[first:last, None]
+        low = row - (self.num_window_blocks - 1 if causal else self.num_window_blocks // 2)
+        band = low + index.new_tensor(range(self.num_window_blocks))
+        high = band[:, -1:]
+        edges = index[:ends] if causal else torch.cat([index[:ends], index[num_blocks - ends :]])
+        edges = edges.expand(len(row), -1)
+        # what is read anyway or must not be: no block may be listed twice
+        taken = ((index >= low) & (index <= high)) | (index < ends)
+        taken = taken | (index > row if causal else index >= num_blocks - ends)
+        order = self.order[:, first:num_blocks, :num_blocks][:, : len(row)].masked_fill(taken, -1)
+        drawn = order.topk(min(self.num_random_blocks, num_blocks))
+        fixed = torch.cat(
+            [
+                band.masked_fill((band < 0) | (band >= num_blocks), -1),
+                edges.masked_fill((edges >= low) & (edges <= high) | (causal & (edges > row)), -1),
+            ],
+            dim=-1,
         )
-        random = largest(order, self.num_random_blocks)[None]
-        return torch.cat([chosen(fixed & visible, most).expand(-1, random.shape[1], -1, -1), random], dim=-1)
+        random = drawn.indices.masked_fill(drawn.values < 0, -1)
+        return torch.cat([fixed.expand(len(random), -1, -1), random], dim=-1)[None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> Tensor:
         size, num_blocks, ends = self.block_size, math.ceil(q.shape[1] / self.block_size), self.num_global_blocks
