@@ -163,14 +163,14 @@ class Hyena(Attention):
         u = self.in_proj(x).to(state.tail.dtype)
         *gates, z = self.conv(u, state.tail).chunk(self.order + 1, dim=-1)
         taps = self._filters(state.position + 1)[0].flip(-1)  # [order - 1, M, T]: the last meets the current position
-        history = torch.cat([state.history, state.history.new_empty(len(x), 1, *state.history.shape[2:])], dim=1)
+        inputs = []
         for n, gate in enumerate(reversed(gates[1:])):
             z = wide(z) * wide(gate)
-            history[:, -1, n] = z[:, 0]
-            z = torch.einsum("btm,mt->bm", history[:, :, n], taps[n])[:, None] + z * wide(self.skip[n])
+            inputs.append(torch.cat([state.history[:, :, n], z], dim=1))
+            z = (inputs[n] * taps[n].mT).sum(1, keepdim=True) + z * wide(self.skip[n])
         tail = self.conv.next_tail(u, state.tail)
         output = self.out_proj((z * wide(gates[0])).to(x.dtype))
-        return output, HyenaState(history=history, tail=tail, position=state.position + 1)
+        return output, HyenaState(history=torch.stack(inputs, dim=2), tail=tail, position=state.position + 1)
 
     def prefill(
         self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None
