@@ -104,8 +104,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         parts: outputs [B, T, H, V] with their log-sum-exps [B, T, H].
     """
     lse = torch.stack([part for _, part in parts], dim=-1)
-    total = masked_logsumexp(lse, lse > -math.inf)
-    weights = masked_softmax(lse, lse > -math.inf)[..., None, :]
+    seen = lse > -math.inf
+    lse = lse.masked_fill(~seen, 0.0)
+    total, weights = masked_logsumexp(lse, seen), masked_softmax(lse, seen)[..., None, :]
     return (torch.stack([part for part, _ in parts], dim=-1) * weights).sum(-1).to(parts[0][0].dtype), total
 
 

@@ -136,6 +136,16 @@ def test_merging_disjoint_parts_is_attention_over_their_union(form, agree):
     torch.testing.assert_close(merged()[1], naive(q, k, v, union, mask)[1])
 
 
+def test_merging_parts_without_a_key_has_finite_gradients():
+    lse = torch.full((1, 2, 1, 2), -math.inf, dtype=torch.float64)
+    lse[:, 1, :, 0] = 0.5
+    lse.requires_grad_()
+    output, total = merge([(torch.ones(1, 2, 1, 3, dtype=torch.float64), lse[..., part]) for part in (0, 1)])
+    assert output[0, :, 0, 0].tolist() == [0.0, 1.0] and total[0, :, 0].tolist() == [-math.inf, 0.5]
+    (output.sum() + total[:, 1].sum()).backward()
+    assert lse.grad.isfinite().all()
+
+
 def test_a_static_mask_becomes_its_list_of_blocks():
     mask = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) > 0.5
     blocks = chosen(mask)
