@@ -18,6 +18,7 @@ from bench.store import Store
 jobs: list[Choice] = []
 mistakes: list[UserError] = []  # raised inside Hydra they would come with a preface of Hydra's own
 exit_status = 0
+MANY = 25  # jobs that take seconds to compose
 
 
 def main() -> int:
@@ -57,6 +58,8 @@ def main() -> int:
 def collect(config: Any) -> None:
     """Hydra's task function: keep the job for later, or run it here when a launcher has carried it to a worker."""
     global exit_status
+    if len(jobs) == MANY:
+        print(f"{MANY} configurations composed, more to come", file=sys.stderr)  # a big sweep is not a hanging one
     from hydra.core.hydra_config import HydraConfig
 
     settings = HydraConfig.get()

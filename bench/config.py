@@ -200,7 +200,7 @@ def row_name(part: str, name: str, overrides: Iterable[str]) -> str:
         )
         for override in OverridesParser.create().parse_overrides(own)
     }
-    written = _written(part, name)
+    written = _written(part, name) if changed else {}
     changed = {k: v for k, v in changed.items() if k not in written or str(written[k]).lower() != v.lower()}
     if part == "budget":
         changed = {k: v for k, v in changed.items() if k not in ("learning_rates", "time_limit_seconds")}

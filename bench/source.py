@@ -138,6 +138,7 @@ class Keyword:
     required: bool
 
 
+@cache
 def keywords(target: Target) -> dict[str, Keyword]:
     """Keywords of the constructor or function; `spec`, `task` and the like are positional."""
     constructors = [
