@@ -53,29 +53,40 @@ def test_the_suite_plans_every_mechanism_in_every_pattern():
     assert ("recall_causal_cross", "encoder_decoder", "softmax") in planned
 
 
-@pytest.mark.parametrize(
-    ("pattern", "words"),
-    [(p, p.replace("_", " ")) for p in PATTERNS],
-)
-def test_a_run_records_its_pattern_group_and_why_a_mechanism_cannot(pattern, words, tmp_path):
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A tiny sweep over the four patterns: what it printed, and its records by task and mechanism."""
+    folder = tmp_path_factory.mktemp("patterns")
     tiny = [text for text in sweeping.TINY if not text.startswith("backbone")]
-    overrides = [f"pattern={pattern}", "attention=softmax,nystrom,sliding_window", "backbone.dim=8", *tiny]
-    done = sweeping.command("-m", "bench", "-m", *overrides, f"results={tmp_path}", cwd=tmp_path)
+    overrides = [f"pattern={','.join(PATTERNS)}", "attention=softmax,nystrom,sliding_window", "backbone.dim=8", *tiny]
+    done = sweeping.command("-m", "bench", "-m", *overrides, f"results={folder}", cwd=folder)
     assert done.returncode == 0, done.stderr
-    rows = {record["names"]["attention"]: record for record in sweeping.records(tmp_path).values()}
+    found = sweeping.records(folder).values()
+    return done.stdout, {(record["task"]["id"], record["names"]["attention"]): record for record in found}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_run_records_its_pattern_group_and_why_a_mechanism_cannot(pattern, swept):
+    printed, records = swept
+    words = pattern.replace("_", " ")
+    rows = {name: record for (task, name), record in records.items() if task == f"recall/{pattern}"}
     assert {record["pattern"] for record in rows.values()} == {words}
     assert {record["task"]["group"] for record in rows.values()} == {"patterns"}
     assert rows["softmax"]["status"] == "ok"
-    refused = {"nystrom": "noncausal" not in pattern, "sliding_window": "cross" in pattern}
+    refused = {"nystrom": not pattern.startswith("noncausal"), "sliding_window": pattern.endswith("cross")}
     for name, expected in refused.items():
         assert (rows[name]["status"] == "unsupported") == expected
         if expected:  # the mathematical reason stands in the record and in the table
             assert f"is not defined for {words} attention (" in rows[name]["reason"]
-            assert "unsupported" in done.stdout
-    if "causal_" in pattern and "non" not in pattern:
+            assert "unsupported" in printed
+    if pattern.startswith("causal"):
         assert rows["softmax"]["efficiency"]["state_bytes"] > 0
     else:
         assert "does not decode" in rows["softmax"]["efficiency"]["no_decoding"]
+
+
+def test_a_sweep_over_the_patterns_ends_with_the_composite_index(swept):
+    assert "composite index" in swept[0] and "patterns" in swept[0]
 
 
 @pytest.mark.parametrize(
