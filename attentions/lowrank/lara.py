@@ -19,22 +19,24 @@ class LARA(QKVAttention):
     sample w_c from each of C Gaussians q_c = N(mu_c, I) gives v~_c = f(w_c) and the self-normalised weight
 
         iw_nc = alpha_nc p_n(w_c) / q_c(w_c),
-        alpha_nc = q_c(w_c) / sum_c' q_c'(w_c) + r_nc - mean_c' r_nc',   r_nc = softmax_c(q~_c.q_n)
+        alpha_nc = q_c(w_c) / sum_c' q_c'(w_c) + r_nc - mean_c' r_nc',   r_nc = softmax_n(q~_c.q_n)
 
-    the balance heuristic plus how near query n is to proposal c, at least 1e-8. The mean mu_c = q~_c + k~_c is that of
-    the c-th of C equal stretches of queries plus that of keys. In evaluation w_c = mu_c: no random numbers.
+    the balance heuristic plus how near query n, among all queries, is to proposal c; at least 1e-8. The mean
+    mu_c = q~_c + k~_c is that of the c-th of C equal stretches of queries plus that of keys. In evaluation w_c = mu_c:
+    no random numbers.
 
-    Stretches are of what is visible: masked positions are not counted, and where fewer queries or keys are left than
-    C, there are as many proposals as those. A row without a key reads zero.
+    Stretches and r are of what is visible: masked positions are not counted, and where fewer queries or keys are left
+    than C, there are as many proposals as those. A row without a key reads zero.
 
     Args:
         num_landmarks: proposals C.
         dropout: probability of dropping a query's weight on a sample in training.
 
-    Source: Zheng, Wang, Kong 2022, https://arxiv.org/abs/2204.04667, section 4; alpha, its bound and the stretches as
-    in the authors' code (`mis-opt`). Differs: their proposals pass through a linear layer and a layer norm, left out
-    as in CAB; they add unit noise to mu before dividing by K^(1/4), here the noise has unit variance where q_c does;
-    in cross-attention, which is ours, queries and context are cut into stretches of their own.
+    Source: Zheng, Wang, Kong 2022, https://arxiv.org/abs/2204.04667, section 4; alpha with its bound and its softmax
+    over queries, the stretches and w_c = mu_c as in the authors' code (`mis-opt`). Differs: their trained proposals
+    pass through a linear layer and a layer norm, left out as in CAB, whose alpha is exp(mu_c.q_n) instead; they add
+    unit noise to mu before dividing by K^(1/4), here the noise has unit variance where q_c does; dropout is ours, and
+    so is cross-attention, where queries and context are cut into stretches of their own.
     """
 
     patterns = Pattern.NONCAUSAL_SELF | Pattern.NONCAUSAL_CROSS
@@ -74,18 +76,21 @@ class LARA(QKVAttention):
         read = log_k.softmax(-1) @ v  # f(w_c); of a row without a key, a mean of zeros
         log_proposals = log_xi(mu, w)  # [B, H, C, C'], log q_c'(w_c) / N(w_c; 0, I)
         balance = log_proposals.masked_fill(unused.mT, -1e30).softmax(-1).diagonal(dim1=-2, dim2=-1)[..., None]
-        nearness = (near @ q.mT).masked_fill(unused, -1e30).softmax(-2)  # r [B, H, C, T]
-        # nearness sums to 1, so that its mean is one over the number of proposals
-        alpha = (balance + nearness - 1 / count.to(nearness.dtype)[:, None, None, None]).clamp_min(1e-8)
+        nearness = (near @ q.mT).masked_fill(~queries[:, None, None, :], -1e30).softmax(-1)  # r [B, H, C, T]
+        mean = nearness.masked_fill(unused, 0.0).sum(-2, keepdim=True) / count[:, None, None, None]
+        alpha = (balance + nearness - mean).clamp_min(1e-8)
         own = log_proposals.diagonal(dim1=-2, dim2=-1)[..., None]
         log_weights = alpha.log() + log_xi(q, w) + log_k.logsumexp(-1, keepdim=True) - own
         weights = log_weights.masked_fill(unused, -1e30).softmax(-2)
         return F.dropout(weights, self.dropout, self.training).mT @ read
 
     def _means(self, x: Tensor, visible: Tensor, count: Tensor) -> Tensor:
-        """Means [B, H, C, K] of x [B, H, T, K] over `count` [B] equal stretches of the visible positions [B, T]."""
+        """Means [B, H, C, K] of x [B, H, T, K] over `count` [B] equal visible stretches, longer ones last."""
         rank = visible.cumsum(1) - 1
-        stretch = rank * count[:, None] // visible.sum(1, keepdim=True).clamp_min(1)
+        total, count = visible.sum(1, keepdim=True), count[:, None]
+        size = (total // count).clamp_min(1)
+        short = (size + 1) * count - total  # stretches of `size`, before the others of size + 1
+        stretch = torch.minimum(rank // size, (rank + short) // (size + 1))
         landmarks = torch.arange(self.num_landmarks, device=x.device)[:, None]
         member = ((stretch[:, None] == landmarks) & visible[:, None]).to(x.dtype)
         return (member / member.sum(-1, keepdim=True).clamp_min(1))[:, None] @ x

@@ -1,5 +1,7 @@
 """LARA against importance sampling with the densities written out, Gaussian by Gaussian."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,9 @@ def gaussian(w, mean):
 
 
 def stretches(items, count):
-    """Cut into `count` stretches whose lengths differ by one at most."""
-    n = len(items)
-    return [items[-(-c * n // count) : -(-(c + 1) * n // count)] for c in range(count)]
+    """Cut into `count` stretches whose lengths differ by one at most, longer ones last."""
+    ends = [sum((len(items) + i) // count for i in range(c)) for c in range(count + 1)]
+    return [items[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def naive(layer, x, source, key_mask=None, noise=None):
@@ -44,9 +46,10 @@ def naive(layer, x, source, key_mask=None, noise=None):
             near = [q[part].mean(0) for part in stretches(list(queries), count)]
             means = [n + k[part].mean(0) for n, part in zip(near, stretches(keys, count), strict=True)]
             samples = [mu if noise is None else mu + noise[b, h, c] for c, mu in enumerate(means)]
+            nearness = torch.zeros(len(q), count, dtype=q.dtype)
+            nearness[list(queries)] = (q[list(queries)] @ torch.stack(near).T).softmax(0)  # over queries
             outputs = []
-            for query in q:
-                closeness = torch.stack([n @ query for n in near]).softmax(0)
+            for query, closeness in zip(q, nearness, strict=True):
                 total, norm = 0, 0
                 for c, w in enumerate(samples):
                     summed = xi(k[keys], w).sum()
