@@ -40,10 +40,10 @@ class RWKV7(Attention):
         decay_rank, rate_rank, gate_rank: ranks of the projections of w, a and g. The layer has
             4 M^2 + 2 M (decay_rank + rate_rank + gate_rank) parameters and 13 M small ones (softmax: 4 M^2).
 
-    Source: Peng et al. 2025, https://arxiv.org/abs/2503.14456, section 4.1; start of mu, w, a, xi, alpha
-    and rho from the authors' training code. Differs: the value residual is left out, because it carries the first
+    Source: Peng et al. 2025, https://arxiv.org/abs/2503.14456, section 4.1; start of mu, w, a, xi, alpha, rho and the
+    norm's scale from the authors' training code. Differs: the value residual is left out, because it carries the first
     layer's v through the others and a layer sees its own input only; the matrices of r, k, v and out start as the
-    backbone says, not near zero; noncausal and cross forms are ours.
+    backbone says (theirs: orthogonal, k a tenth of that, out zero); noncausal and cross forms are ours.
     """
 
     patterns = Pattern.ALL
@@ -74,7 +74,8 @@ class RWKV7(Attention):
         self.removal = nn.Parameter(0.71 - 0.1 * (ramp - 0.5))  # xi
         self.replacement = nn.Parameter(torch.full((dim,), 1.02))  # alpha
         self.bonus = None if spec.cross else nn.Parameter(torch.full((heads, width), -0.04))  # rho
-        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        scale = ((spec.layer + 1) / spec.num_layers) ** 0.7
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.full((dim,), scale)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
         if self.spec.cross:

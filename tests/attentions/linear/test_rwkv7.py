@@ -124,6 +124,7 @@ def test_it_starts_as_published():
     assert torch.allclose(first.decay_bias[[0, 15]], torch.tensor([-8.0, -5.5 + 6 * 15 / 63 + 2.5]))
     assert torch.allclose(last.decay_bias[15], torch.tensor(-5.5 + 6 * (15 / 63) ** 2 + 2.5))
     assert first.decay_down.eq(0).all() and first.bonus.eq(-0.04).all()
+    assert torch.allclose(first.norm_weight, torch.tensor((1 / 3) ** 0.7)) and last.norm_weight.eq(1).all()
     # a tenth of an orthogonal matrix; the gate has more rows than columns, hence sqrt(2) times that
     assert torch.allclose(first.decay_up @ first.decay_up.T, 0.01 * torch.eye(64), atol=1e-6)
     assert torch.allclose(first.gate_up.T @ first.gate_up, 0.02 * torch.eye(64), atol=1e-6)
