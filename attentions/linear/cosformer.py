@@ -33,8 +33,9 @@ class CosFormer(Recurrent):
 
     Source: Qin et al. 2022, https://arxiv.org/abs/2202.08791, relu features with the cosine re-weighting. Differs: the
     authors set M to the longer of the two sequences of each batch, which in causal attention lets a later position
-    change earlier outputs, and padding change all. In cross-attention both sequences count from 0, as in their code.
-    Where the backbone asks for rotary positions, they turn q and k before the relu.
+    change earlier outputs, and padding change all; their four projections have biases, and their normaliser is at least
+    1e-6 (here 1e-12). In cross-attention both sequences start at the same angle, as in their code. Where the backbone
+    asks for rotary positions, they turn q and k before the relu.
     """
 
     patterns = Pattern.ALL

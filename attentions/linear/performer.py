@@ -39,9 +39,9 @@ class Performer(Recurrent):
         redraw_every: draw new rows every so many forwards in training; 0: never. Rows and count are buffers.
 
     Source: Choromanski et al. 2020, https://arxiv.org/abs/2009.14794, FAVOR+, lemma 1 and section 2.4; the number of
-    features from theorem 4, redrawn at each forward as in the authors' code. Differs: their code adds 1e-6 to each
-    feature and takes the maximum over all keys, where the estimator here is unaltered; their rows are drawn anew in
-    evaluation too, ours are those of the last training step.
+    features in the order of theorem 4, redrawn at each forward as in the authors' JAX code. Differs: that code adds
+    1e-6 to each feature and takes the maximum over all keys, where the estimator here is unaltered; its rows are drawn
+    anew in evaluation too, ours are those of the last training step.
     """
 
     patterns = Pattern.ALL

@@ -41,7 +41,8 @@ class TTTLinear(QKVAttention):
 
     Source: Sun et al. 2024, https://arxiv.org/abs/2407.04620, sections 2.3 to 2.7; tau, rotation, norms and the start
     (W, w normal of 0.02; b, c = 0) from the authors' code with its Transformer backbone, whose layer lacks the gate and
-    the convolution of their Mamba backbone. Differs: noncausal and cross forms are ours.
+    the convolution of their Mamba backbone. Differs: noncausal and cross forms are ours; rotation pairs channel j with
+    j + D / 2, where theirs pairs neighbours: a fixed permutation of the channels.
     """
 
     patterns = Pattern.ALL

@@ -45,8 +45,9 @@ class ABC(QKVAttention):
         dropout: probability of dropping a query's weight on a slot in training.
 
     Source: Peng et al. 2021, https://arxiv.org/abs/2110.02488, ABC_MLP: alpha_i = exp(W_phi x_i), normalised over
-    positions; the two-pass form is that of Zhang et al. 2024, https://arxiv.org/abs/2409.07146, section 3. Differs:
-    CAB controls keys by k and values by v, and its causal form leaves out the sum over the prefix.
+    positions; causal as in `naive_cumsum_abc` of flash-linear-attention, and in two passes as in Zhang et al. 2024,
+    https://arxiv.org/abs/2409.07146. Differs: dropout is ours. CAB controls keys by k and values by v, with matrices
+    that its heads share, and its causal form leaves out the sum over the prefix.
     """
 
     patterns = Pattern.ALL
