@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from attentions.base import LayerSpec
 from attentions.dense.softmax import Softmax
@@ -82,3 +84,19 @@ def test_decoding_keeps_the_window_only(window):
 def test_an_empty_window_is_refused():
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         make(window=0)
+
+
+def test_the_declared_cost_is_the_counted_one():
+    """All positions at once form every score, whatever the window; a step forms those of its window."""
+    counts = {}
+    for window in (2, 8):
+        layer, x = make(window=window), stream()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts no fused kernel
+            layer(x)
+        state = layer.prefill(x)[1]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as step_counter:
+            layer.step(x[:, :1], state)
+        counts[window] = counter.get_total_flops(), step_counter.get_total_flops()
+    assert counts[2][0] == counts[8][0] and counts[2][1] < counts[8][1]
+    assert SlidingWindow.complexity.split(",")[0] == Softmax.complexity == "T S"
+    assert SlidingWindow.complexity.endswith("step by step T window")
