@@ -35,11 +35,13 @@ class Linformer(Softmax):
         sharing: "headwise": E and F for all heads; "key_value": one E = F; "none": E_h and F_h per key-value head.
         dropout, bias: as in softmax attention.
 
-    Source: Wang et al. 2020, https://arxiv.org/abs/2006.04768, section 4, eq. 7; initial values and first columns as in
-    the authors' code, whose default is "headwise". Causal form: Peng et al. 2021 (ABC),
+    Source: Wang et al. 2020, https://arxiv.org/abs/2006.04768, section 4, eq. 7; first columns and initial values as in
+    the attention layer of the authors' code, whose default is "headwise"; their RoBERTa then draws every Linear layer,
+    E and F too, from N(0, 0.02^2). Causal form: Peng et al. 2021 (ABC),
     https://arxiv.org/abs/2110.02488.
     Differs: no sharing across layers, since a layer here does not know the others; E and F are no Linear layers, so
-    that a backbone that re-initialises those keeps their start.
+    that a backbone that re-initialises those keeps their start; with a bias, keys are mixed after it is added, in that
+    code before.
     """
 
     patterns = Pattern.ALL

@@ -48,7 +48,8 @@ class LongShort(QKVAttention):
         bias: bias on the four projections.
 
     Source: Zhu et al. 2021, https://arxiv.org/abs/2107.02192, sections 3.2 to 3.4.
-    Differs: norms act on a head, as in the paper's equations; the authors' code takes all heads together. W_p has no
+    Differs: norms act on a head, as in the paper's equations; the authors' code takes all heads together, and that
+    for LRA pools keys and values to which LN_L was applied before (that for language modelling bare ones). W_p has no
     bias, which its softmax would cancel. Their language model adds a relative bias as in Transformer-XL (1.5 times the
     parameters); here positions are the backbone's, and where it asks for rotary ones they turn the window, while the
     rows stand at no position. Their code has no cross form.

@@ -35,7 +35,8 @@ class Nystrom(QKVAttention):
     Source: Xiong et al. 2021, https://arxiv.org/abs/2102.03902, section 3 and algorithm 1; convolution and exact case
     as in the authors' code. Differs: the norms in Z_0 are each matrix's own, where that code takes the largest of the
     batch and inputs of other rows matter; segments of unequal length; masked positions, which that code counts as zeros
-    in the means, are left out; queries and keys may differ in number (cross-attention), so A need not be square.
+    in the means, are left out; dropout, which that code lacks; queries and keys may differ in number (cross-attention),
+    so A need not be square.
     """
 
     patterns = Pattern.NONCAUSAL_SELF | Pattern.NONCAUSAL_CROSS

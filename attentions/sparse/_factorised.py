@@ -39,7 +39,7 @@ class Factorised(QKVAttention):
         dropout: probability of dropping an attention weight in training; bias: bias on the projections.
 
     Source: Child et al. 2019, https://arxiv.org/abs/1904.10509, section 4.3. Differs: the noncausal form is
-    not the paper's (Tay et al. 2020, https://arxiv.org/abs/2011.04006, use one).
+    ours; every pattern of the paper is causal.
     """
 
     patterns = Pattern.SELF

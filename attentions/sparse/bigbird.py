@@ -33,8 +33,10 @@ class BigBird(Softmax):
         dropout, bias: as in softmax attention.
 
     Source: Zaheer et al. 2020, https://arxiv.org/abs/2007.14062, section 2 and appendix D (ITC, the internal form).
-    Differs: the causal form is ours (the authors' decoders use full attention). At the ends of the sequence the band
-    is cut off, where the authors fill it up with blocks from elsewhere.
+    Differs: the causal form is ours (the authors' decoder reads everything). Random blocks come from the whole
+    sequence; the authors' code takes them from its front, the first 1024 positions (for lengths of 1024, 2048, 3072 and
+    4096) or 2 r + 5 blocks (for others of more blocks). That code has w = 3 and g = 1 only, where the band meets no
+    end; others are cut off there.
     """
 
     patterns = Pattern.SELF

@@ -54,7 +54,8 @@ class NSA(Attention):
     Source: Yuan et al. 2025, https://arxiv.org/abs/2502.11089, section 3, eq. 5 and 7-12, with its defaults (eq. 9
     counts blocks from 1).
     Differs: phi is a GELU layer of width D without biases and the gate one linear map, where the paper says MLP; rotary
-    positions, on which it is silent, turn keys before compression; the noncausal form is ours.
+    positions turn keys before compression, as in flash-linear-attention's code (another port turns them after it); the
+    noncausal form is ours.
     """
 
     patterns = Pattern.SELF

@@ -33,8 +33,8 @@ class ProbSparse(QKVAttention):
 
     Source: Zhou et al. 2020 (Informer), https://arxiv.org/abs/2012.07436, section 3.1 and algorithm 1.
     Differs: the authors' code samples keys per query, with repeats, and divides the sum over the sample by S; it takes
-    ln 1 = 0, so that a single query is always lazy. Their causal variant is not here: a query is active by
-    comparison with all others, later ones included.
+    ln 1 = 0, so that a single query is always lazy, and drops no weights. Their causal variant is not here: a query is
+    active by comparison with all others, later ones included.
     """
 
     patterns = Pattern.NONCAUSAL_SELF | Pattern.NONCAUSAL_CROSS

@@ -51,8 +51,8 @@ class Reformer(Attention):
 
     Source: Kitaev et al. 2020, https://arxiv.org/abs/2001.04451, section 2 and appendix A; scores as in the authors'
     code, q_i.k_j without 1 / sqrt(K). Differs: the causal form; n counts the rounds in which i reads j, where the
-    paper counts equal buckets even if a chunk parts them; the code lets the first chunk look back at the last, and by
-    default reads across buckets within a chunk.
+    paper counts equal buckets even if a chunk parts them. Trax's second implementation lets the first chunk look back
+    at the last, reads across buckets within a chunk and counts a pair once per round.
     """
 
     patterns = Pattern.SELF

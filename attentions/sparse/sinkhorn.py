@@ -39,8 +39,10 @@ class Sinkhorn(Softmax):
         dropout, bias: as in softmax attention.
 
     Source: Tay et al. 2020, https://arxiv.org/abs/2002.11296, section 3; one linear map from the keys of a head, shared
-    by the heads, as in the authors' code for LRA. Differs: means, where the paper sums; rows last, where it ends with
-    columns; causal columns stop at row i, since whole ones would show earlier outputs the future (LRA's code marks its
+    by the heads, as in the authors' code for LRA; one softmax over both blocks, temperature and iterations as in
+    https://github.com/lucidrains/sinkhorn-transformer. Differs: LRA's code adds the outputs of two softmaxes, sums
+    where there are means here, ends with columns, adds no noise and by default takes a softmax of R instead of its
+    balance; causal columns stop at row i, since whole ones would show earlier outputs the future (LRA's code marks its
     causal balance as unverified); no ReLU on R, and no bias, which the columns would cancel. SortCut, by which all
     queries read the first sorted blocks, is left out.
     """

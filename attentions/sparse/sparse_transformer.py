@@ -20,7 +20,7 @@ class Strided(Factorised):
     Every position is in the column of a later one, so decoding keeps all of them (combine="layers": in layers of A1
     only the l + 1 latest). With l >= T it is softmax attention.
 
-    Args and source: as in Factorised.
+    Args and source: as in Factorised. A1 has l + 1 positions, as in the paper; in the authors' code it has l.
     """
 
     complexity = "T (stride + T / stride)"
