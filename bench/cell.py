@@ -21,7 +21,7 @@ from typing import Any
 
 from bench import environment, source
 from bench.errors import ImpossibleCell, UserError
-from bench.plan import Cell, Replica
+from bench.plan import Cell, Replica, mechanism_hash
 from bench.store import HISTORY, Store, as_csv
 
 OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"  # as RuntimeError
@@ -47,7 +47,7 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
         emit: called with the name of an event and its data.
 
     Raises:
-        ImpossibleCell: the task or the backbone has impossible settings.
+        ImpossibleCell: impossible settings of task or backbone, or a mechanism that is no longer what was planned.
         UserError: no such device; StoreError: a record cannot be written. Anything else becomes a record's status.
     """
     import torch
@@ -60,6 +60,10 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
     torch.use_deterministic_algorithms(True, warn_only=True)
     budget = cell.budget
     source.check(cell.parts, cell.settings["plugins"])  # again, here, where it is about to be imported
+    if mechanism_hash(cell.parts, cell.settings["plugins"]) != cell.source_hash:
+        raise ImpossibleCell(
+            f"the code of {cell.names['attention']} has changed since the sweep was planned; type the command again"
+        )
     task = make_task(cell.parts["task"])
     backbone, attention, why_not, error = None, None, None, None
     try:

@@ -59,16 +59,21 @@ def identity(parts: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, An
         UserError: a `_target_` that cannot be found.
     """
     names = tuple(plugins)
-    mechanisms = source.targets(parts["attention"]) + source.targets(parts["backbone"])[1:]
     return dict(
         program=training_version(),
         task=parts["task"],
         task_version=source.literal(source.resolve(parts["task"]["_target_"], names), "version"),
         backbone=parts["backbone"],
         attention=parts["attention"],
-        attention_source=source.source_hash(tuple(mechanisms), names),
+        attention_source=mechanism_hash(parts, names),
         budget=Budget(**parts["budget"]).identity(),
     )
+
+
+def mechanism_hash(parts: dict[str, Any], plugins: Sequence[str] = ()) -> str:
+    """Hash of the code of all mechanisms of a cell as it stands now, those that the backbone brings included."""
+    mechanisms = source.targets(parts["attention"]) + source.targets(parts["backbone"])[1:]
+    return source.source_hash(tuple(mechanisms), tuple(plugins))
 
 
 def replica(common: dict[str, Any], learning_rate: float, seed: int) -> Replica:

@@ -1,6 +1,7 @@
 """Equal terms: data, order and initial weights do not depend on the mechanism; the same seed gives the same bits."""
 
 import csv
+import dataclasses
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from bench import cell as cell_module
 from bench import efficiency, training
 from bench.backbones.base import build
 from bench.cell import make_task
+from bench.errors import ImpossibleCell
 from bench.store import Store
 
 
@@ -71,6 +73,13 @@ def test_the_data_of_a_run_follow_from_task_and_seed_alone(reference, tmp_path):
     assert by_seed[0] != by_seed[1]
     splits = [by_seed[0][split][0]["inputs"] for split in ("train", "valid", "test")]
     assert len(set(splits)) == 3
+
+
+def test_a_mechanism_edited_after_planning_is_not_run_under_the_old_name(cell, tmp_path):
+    edited = dataclasses.replace(cell, source_hash="of the code as it was planned")
+    with pytest.raises(ImpossibleCell, match=r"the code of softmax.* has changed since the sweep was planned; type"):
+        run(edited, tmp_path)
+    assert sweeping.records(tmp_path) == {}
 
 
 class Hungry(Softmax):
