@@ -29,14 +29,16 @@ class ImplicitFilter(nn.Module):
     """A filter as a function of time: h(t) = window(t) * MLP(t, cos and sin of t), with sine activations.
 
     Time runs from 0 to 1 over `max_length` positions, whatever the length at hand, so a tap never changes its value.
-    The window of channel c is exp(-alpha_c t), alpha from ln(100) / 1.5 to ln(100) / 0.3 in equal steps.
+    The window of channel c is exp(-alpha_c t), alpha from ln(100) / 1.5 to ln(100) / 0.3 in equal steps, in each of the
+    directions anew.
 
     Args:
-        channels: filters.
+        channels: filters of one direction.
         max_length: positions that time 0 to 1 is laid over.
         filter_order: width of the MLP; emb_dim: numbers that describe a position, odd: t and (emb_dim - 1) / 2 waves.
         num_inner_layers: layers between the first and the last.
         sine_frequency: start of the sine's trained frequencies.
+        num_directions: sets of filters with the same windows.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class ImplicitFilter(nn.Module):
         emb_dim: int,
         num_inner_layers: int,
         sine_frequency: float,
+        num_directions: int = 1,
     ):
         super().__init__()
         self.max_length = max_length
+        self.num_directions = num_directions
         self.num_waves = (emb_dim - 1) // 2
-        sizes = [emb_dim, *[filter_order] * (num_inner_layers + 1), channels]
-        # parameters, not Linear layers: a backbone's N(0, 0.02) would start every filter at zero
+        sizes = [emb_dim, *[filter_order] * (num_inner_layers + 1), num_directions * channels]
+        # parameters, not Linear layers: at frequency 1 a backbone's N(0, 0.02) would start every filter near zero
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             bound = fan_in**-0.5
@@ -63,7 +67,7 @@ class ImplicitFilter(nn.Module):
         self.frequency = nn.Parameter(torch.full((filter_order,), float(sine_frequency)))
 
     def forward(self, length: int) -> Tensor:
-        """The first `length` taps, [channels, length], at least float32."""
+        """The first `length` taps, [num_directions * channels, length], at least float32."""
         if length > self.max_length:
             raise ValueError(f"the filter covers max_length={self.max_length} positions, got {length}")
         weights, biases = [wide(w) for w in self.weights], [wide(b) for b in self.biases]
@@ -77,8 +81,9 @@ class ImplicitFilter(nn.Module):
             for weight, bias in zip(weights, biases, strict=False):
                 h = (wide(self.frequency) * F.linear(h, weight, bias)).sin()
             h = F.linear(h, weights[-1])
-            decay = torch.linspace(math.log(100) / 1.5, math.log(100) / 0.3, h.shape[-1], **like)
-            return (h * (-time * decay).exp()).mT
+            channels = h.shape[-1] // self.num_directions
+            decay = torch.linspace(math.log(100) / 1.5, math.log(100) / 0.3, channels, **like)
+            return (h * (-time * decay.repeat(self.num_directions)).exp()).mT
 
 
 class Hyena(Attention):
@@ -99,9 +104,11 @@ class Hyena(Attention):
         filter_order, emb_dim, num_inner_layers, sine_frequency: the filter's network, see `ImplicitFilter`.
 
     Source: Poli et al. 2023, https://arxiv.org/abs/2302.10866, definition 3.1 and section 3.3; window, embedding,
-    biases, skips and defaults as in the authors' code. Differs: N counts as in the code, whose order 2 has one long
-    convolution (the paper's has two, the first filter being short); the position embedding is fixed, where the
-    code trains it at a rate of 1e-5; one filter per channel; the noncausal form is ours.
+    biases, skips, initialisation and defaults as in the authors' code (safari, one head and block). Differs: N counts
+    as in that code, whose order 2 has one long convolution, N - 1, and no filter on v but the short one; the position
+    embedding is fixed, as in the authors' recall runs, where the code's default trains it at a rate of 1e-5; the
+    filter's network starts as in the code's layer, where the authors' language models redraw its weights from
+    N(0, 0.02), and has the layer's learning rate and weight decay; the noncausal form is ours.
     """
 
     patterns = Pattern.SELF
@@ -138,12 +145,13 @@ class Hyena(Attention):
         self.in_proj = nn.Linear(spec.dim, (order + 1) * spec.dim)
         self.conv = DepthwiseConv((order + 1) * spec.dim, conv_size, causal=spec.causal, bias=True)
         self.filter = ImplicitFilter(
-            self.num_directions * (order - 1) * spec.dim,
+            spec.dim * (order - 1),
             spec.max_length,
             filter_order=filter_order,
             emb_dim=emb_dim,
             num_inner_layers=num_inner_layers,
             sine_frequency=sine_frequency,
+            num_directions=self.num_directions,
         )
         self.skip = nn.Parameter(torch.randn(order - 1, spec.dim))
         self.out_proj = nn.Linear(spec.dim, spec.dim)
@@ -182,7 +190,8 @@ class Hyena(Attention):
 
     def _filters(self, length: int) -> Tensor:
         """[directions, order - 1, M, length]."""
-        return self.filter(length).unflatten(0, (self.num_directions, self.order - 1, self.spec.dim))
+        taps = self.filter(length).unflatten(0, (self.num_directions, self.spec.dim, self.order - 1))
+        return taps.transpose(1, 2)  # a channel's filters are neighbours, so each convolution has windows of all widths
 
     def _run(self, u: Tensor, key_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """From projections [B, T, (order + 1) M] to outputs [B, T, M] and the inputs of each long convolution."""

@@ -33,15 +33,16 @@ def filters(layer, position):
         h = torch.sin(network.frequency * (network.weights[i] @ h + network.biases[i]))
     h = network.weights[-1] @ h
     slow, fast = math.log(100) / 1.5, math.log(100) / 0.3
-    alpha = torch.tensor([slow + (fast - slow) * c / (len(h) - 1) for c in range(len(h))], dtype=torch.float64)
-    return h * torch.exp(-alpha * t)
+    size = (layer.order - 1) * M  # filters of one direction; the others have the same windows
+    alpha = [slow + (fast - slow) * c / (size - 1) for c in range(size)] * (len(h) // size)
+    return h * torch.exp(-torch.tensor(alpha, dtype=torch.float64) * t)
 
 
 def naive(layer, x, causal, key_mask=None):
     """z <- h^n * (x^n z) + d^n x^n z for every n but the last gate, which multiplies at the end."""
     order, size = layer.order, layer.conv.kernel_size
     offset = size - 1 if causal else size // 2
-    taps = [filters(layer, p).view(-1, order - 1, M) for p in range(T)]
+    taps = [filters(layer, p).view(-1, M, order - 1).mT for p in range(T)]  # a channel's filters are neighbours
     rows = []
     for b in range(B):
         seen = [1.0 if key_mask is None or key_mask[b, t] else 0.0 for t in range(T)]
@@ -106,6 +107,18 @@ def test_the_window_falls_to_a_hundredth_between_a_third_and_one_and_a_half_time
         layer.filter.weights[-1][:, 0] = 1.0  # every filter is the same function of time, but for its window
         taps = layer.filter(101)
     torch.testing.assert_close(taps[0, 50] / taps[-1, 50], torch.tensor(100 ** (0.5 / 0.3 - 0.5 / 1.5)))
+
+
+@pytest.mark.parametrize(("order", "causal"), [(2, False), (3, True), (4, False)])
+def test_every_long_convolution_and_direction_has_slow_and_fast_windows(order, causal):
+    layer = Hyena(LayerSpec(dim=64, num_heads=1, causal=causal, max_length=101), order=order)
+    with torch.no_grad():
+        layer.filter.weights[-1].fill_(0.0)
+        layer.filter.weights[-1][:, 0] = 1.0
+        taps = layer._filters(101)
+    rate = (taps[..., 20] / taps[..., 70]).log() / 0.5  # one function of time for all: they differ by windows alone
+    span = math.log(100) / 0.3 - math.log(100) / 1.5
+    assert (rate.amax(-1) - rate.amin(-1) > 0.95 * span).all()
 
 
 def test_parameters_are_those_of_the_published_layer():
