@@ -24,13 +24,14 @@ class Differential(Softmax):
     layer has softmax attention's parameters and 3 D more for lambda and the norm: +1 % at M = 32, H = 2. The four
     lambda vectors are shared by a layer's heads; `layer` counts the differential layers from 0 (the paper's l - 1).
     Rotary positions turn each half on its own, so D must then be a multiple of 4. Grouped heads share both halves of k
-    and v. A query that sees no key reads zero in both maps.
+    and v, the first map reading the first half. A query that sees no key reads zero in both maps.
 
     Args:
         dropout: probability of dropping an attention weight in training, in each map on its own.
 
-    Source: Ye et al. 2024, https://arxiv.org/abs/2410.05258, eqs. 1 to 3; norm (with weight, eps 1e-5) and lambda
-    vectors ~ N(0, 0.1) as in the authors' code. Differs: noncausal and cross attention are ours.
+    Source: Ye et al. 2024, https://arxiv.org/abs/2410.05258, eqs. 1 to 3; norm (with weight, eps 1e-5), lambda vectors
+    of standard deviation 0.1 and grouped heads as in the authors' code with FlashAttention (in their form without it,
+    both maps of a grouped head read the same half of k). Differs: noncausal and cross attention are ours.
     """
 
     paper = "https://arxiv.org/abs/2410.05258"

@@ -20,7 +20,7 @@ class GroupedQuery(Softmax):
         dropout, bias: as in softmax attention.
 
     Source: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245, section 2.2 (T5 XXL: H = 64, G = 8). Differs: trained
-    from the start, where the paper averages the heads of a trained model and trains on; no rounding there.
+    from the start, where the paper averages the heads of a trained model and trains on; the rounding is ours.
     """
 
     paper = "https://arxiv.org/abs/2305.13245"

@@ -34,8 +34,10 @@ class Latent(Softmax):
         dropout: probability of dropping an attention weight in training.
 
     Source: DeepSeek-AI 2024, https://arxiv.org/abs/2405.04434, section 2.1, eqs. 9 to 19; norms on the latents: section
-    3.1.2. Differs: W_UV is applied after the read, where the paper merges it with W_o (equal, and H d_c D numbers
-    instead of H d_c M); without rotary positions there is no rotary part; noncausal, cross and grouped forms are ours.
+    3.1.2, eps as in transformers' DeepseekV2Attention. Differs: no scaling factors on the latents, which section 3.1.2
+    names without values (that code has none either); W_UV is applied after the read, where the paper merges it with
+    W_o (equal, and H d_c D numbers instead of H d_c M); rotary pairs are the backbone's (a permutation of that code's);
+    without rotary positions there is no rotary part; noncausal, cross and grouped forms are ours.
     """
 
     paper = "https://arxiv.org/abs/2405.04434"

@@ -116,8 +116,9 @@ class DenseSynthesizer(Synthesizer):
         dropout: probability of dropping an attention weight in training.
 
     Source: Tay et al. 2020, https://arxiv.org/abs/2005.00743, section 3, dense and factorised dense. Differs: which of
-    the two tilings repeats elements and which the vector is not said there; W_2 is each head's own, as in the paper,
-    where the authors' code shares it among heads; scores over a context in cross-attention are ours.
+    the two tilings repeats elements and which the vector is our choice, and A and B share W_1; W_2 is each head's own,
+    where the authors' codes (Mesh TensorFlow, Long Range Arena) share it among heads; no bias on values and output;
+    scores over a context in cross-attention are ours.
     """
 
     def __init__(self, spec: LayerSpec, *, factorised: bool = False, dropout: float = 0.0):
@@ -151,8 +152,9 @@ class RandomSynthesizer(Synthesizer):
         dropout: probability of dropping an attention weight in training.
 
     Source: Tay et al. 2020, https://arxiv.org/abs/2005.00743, section 3, random, fixed and factorised random (k = 8;
-    Long Range Arena: 32, and cross-attention as here). Differs: R starts at unit variance in every form; in the
-    authors' first code the factors of the factorised form both lack the query's position, so all queries read alike.
+    Long Range Arena's code: 32, and cross-attention as here). Differs: R starts at unit variance in every form, where
+    that code's starts at its linear layers' smaller one; no bias on values and output. In the authors' Mesh TensorFlow
+    code (k = 16) both factors lack the query's position, so all queries read alike.
     """
 
     matrix: Tensor

@@ -25,7 +25,8 @@ class DiagonalSSM(nn.Module):
         channels: C; each has its own A, C, dt and D.
         state_dim: N, even.
         init: of A_n, n < N/2, all with real part -1/2. lin: imaginary part pi n. inv: (N / pi) (N / (2n + 1) - 1).
-            legs: eigenvalues of the normal part of HiPPO-LegS.
+            legs: eigenvalues of the normal part of HiPPO-LegS; B starts at 1 here too, as in the H3 authors' code,
+            where the S4 authors' starts at HiPPO's own (of size 0.6 to 2 at N = 64).
         dt_min, dt_max: range of the initial step sizes, log-uniform.
         causal: otherwise a second C reads a state that runs backwards and has seen the later positions.
 
@@ -33,7 +34,7 @@ class DiagonalSSM(nn.Module):
         ValueError: state_dim odd or below 2, an unknown init, or not 0 < dt_min <= dt_max.
 
     Source: Gu et al. 2022 (S4D), https://arxiv.org/abs/2206.11893, sections 3 and 4; the backward direction, with A and
-    dt shared and the own position left to the forward one, is that of the authors' S4 layer.
+    dt shared and its first tap on the next position, is that of the authors' S4 layer.
     """
 
     def __init__(

@@ -70,9 +70,10 @@ class H3(QKVAttention):
         bias: bias on the four projections.
 
     Source: Fu et al. 2022, https://arxiv.org/abs/2212.14052, section 3.1 and algorithm 1; initialisations, biases and
-    the skips D of both SSMs as in the authors' code. Differs: heads are the slot's (the code's head_dim is 1);
-    zero-order hold, where the code's default is bilinear; the shift SSM's B is the paper's fixed e_1, which the code
-    trains; noncausal, cross and grouped forms are ours.
+    the skips D of both SSMs as in the authors' code. Differs: heads are the slot's (the code's default head_dim is 1);
+    zero-order hold, where the code's default is bilinear; the shift SSM's B stays e_1 and the diagonal one's 1, where
+    the code starts and trains them; one learning rate and weight decay for all parameters; noncausal, cross and
+    grouped forms are ours.
     """
 
     patterns = Pattern.ALL

@@ -45,8 +45,8 @@ class Mamba(Attention):
         dt_min, dt_max: range of the initial step sizes, log-uniform.
 
     Source: Gu & Dao 2023, https://arxiv.org/abs/2312.00752, algorithm 2 and section 3.4; dt's rank ceil(M / 16), biases
-    and initialisations (A = -(1, ..., N), S4D-Real) as in the authors' code. Differs: the noncausal form, with one set
-    of weights, and the cross form are ours.
+    and initialisations (A = -(1, ..., N), S4D-Real) as in the authors' code. Differs: weight decay also acts on A and
+    D, which the authors exempt; the noncausal form, with one set of weights, and the cross form are ours.
     """
 
     patterns = Pattern.ALL

@@ -37,8 +37,9 @@ class S4D(Attention):
         dt_min, dt_max: range of the initial step sizes, log-uniform.
 
     Source: Gu et al. 2022, https://arxiv.org/abs/2206.11893, eq. 2, sections 3 and 4; GELU, GLU, S4D-Lin as default and
-    the backward kernel as in the authors' code. Differs: one learning rate and weight decay for all parameters, where
-    the authors give A and dt their own; no dropout.
+    initialisations as in the authors' minimal S4D, the backward kernel as in their S4 layer. Differs: one learning rate
+    and weight decay for all parameters, where the authors give A and dt their own and no decay; A and C of every
+    channel's own and no B, where their S4 layer also trains B and its configurations tie A and B among channels.
     """
 
     patterns = Pattern.SELF
