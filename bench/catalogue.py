@@ -10,13 +10,13 @@ import torch
 
 from attentions.base import Attention, LayerSpec, Pattern, Unsupported
 
-SHAPE = dict(dim=128, num_heads=4, max_length=1024)
+DIM, NUM_HEADS, MAX_LENGTH = 128, 4, 1024
 LENGTHS = (128, 1024)  # positions after which the decode state is measured
 LAYERS = 6  # a hybrid is measured as the mean over this depth, which its alternation divides
 ALLOWED = 1.10  # parameters over softmax's: above it a comparison at equal width is not one at equal size
 PREFERRED = Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS, Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS
 CONDITIONS = (
-    f"one layer of width {SHAPE['dim']} with {SHAPE['num_heads']} heads and max_length {SHAPE['max_length']}, float32; "
+    f"one layer of width {DIM} with {NUM_HEADS} heads and max_length {MAX_LENGTH}, float32; "
     "parameters over softmax attention's; state of one sequence"
 )
 
@@ -59,7 +59,9 @@ def _layers(factory: Callable[[LayerSpec], Attention], softmax: Callable[[LayerS
             causal=pattern in Pattern.CAUSAL_SELF | Pattern.CAUSAL_CROSS,
             cross=pattern in Pattern.CROSS,
             num_layers=LAYERS,
-            **SHAPE,  # type: ignore[arg-type]
+            dim=DIM,
+            num_heads=NUM_HEADS,
+            max_length=MAX_LENGTH,
         )
         try:
             with torch.random.fork_rng(devices=[]):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attentions.base import LayerSpec, Pattern, QKVAttention, State, repeat_heads
+from attentions.linear._recurrence import wide
 
 NEVER = -1e30  # the control of a position that is not there; finite, so that differences are
 
@@ -71,7 +72,7 @@ class ABC(QKVAttention):
             return self.read(q, self.update(self.init_memory(k.shape[0], k), k, v, key_mask=key_mask, **terms))
         with torch.autocast(q.device.type, enabled=False):
             k, v, control = (repeat_heads(x, self.spec.num_heads) for x in _present(k, v, terms["control"], key_mask))
-            return self._scan(_wide(q) * self.key_dim**-0.5, k, v, control).to(q.dtype)
+            return self._scan(wide(q) * self.key_dim**-0.5, k, v, control).to(q.dtype)
 
     def _scan(self, q: Tensor, k: Tensor, v: Tensor, control: Tensor) -> Tensor:
         """Every prefix read by its own query: [B, T, H, V]. Letters: n chunk, i query, j key, c slot."""
@@ -108,7 +109,7 @@ class ABC(QKVAttention):
         return keys, values, (start[..., None, :] - peak).exp()
 
     def init_memory(self, batch_size: int, like: Tensor) -> Slots:
-        empty = _wide(like.new_zeros(batch_size, self.spec.kv_heads, self.num_slots, 1))
+        empty = wide(like.new_zeros(batch_size, self.spec.kv_heads, self.num_slots, 1))
         return Slots(
             keys=empty.repeat(1, 1, 1, self.key_dim),
             values=empty.repeat(1, 1, 1, self.value_dim + 1),
@@ -136,20 +137,15 @@ class ABC(QKVAttention):
             keys, values = (
                 x.repeat_interleave(groups, 1) for x in (state.keys / total, state.values[..., :-1] / total)
             )
-            scores = _wide(q).transpose(1, 2) @ keys.mT * self.key_dim**-0.5
+            scores = wide(q).transpose(1, 2) @ keys.mT * self.key_dim**-0.5
             weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
             return (weights @ values).transpose(1, 2).to(q.dtype)
 
 
 def _present(k: Tensor, v: Tensor, control: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values with a column of ones, and controls, so that a masked position weighs nothing."""
-    k, v, control = _wide(k), F.pad(_wide(v), (0, 1), value=1.0), _wide(control)
+    k, v, control = wide(k), F.pad(wide(v), (0, 1), value=1.0), wide(control)
     if key_mask is not None:
         absent = ~key_mask[:, :, None, None]
         k, v, control = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0), control.masked_fill(absent, NEVER)
     return k, v, control
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()

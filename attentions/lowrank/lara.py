@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attentions.base import LayerSpec, Pattern, QKVAttention, repeat_heads
+from attentions.linear._recurrence import wide
 
 
 class LARA(QKVAttention):
@@ -63,7 +64,7 @@ class LARA(QKVAttention):
         queries = q.new_ones(q.shape[:2], dtype=torch.bool) if self.spec.cross else keys
         absent = ~keys[:, :, None, None]
         k, v = (repeat_heads(x.masked_fill(absent, 0.0), self.spec.num_heads) for x in (k, v))
-        q, k, v = (_wide(x).transpose(1, 2) for x in (q, k, v))  # [B, H, T or S, D]
+        q, k, v = (wide(x).transpose(1, 2) for x in (q, k, v))  # [B, H, T or S, D]
         q, k = q * self.key_dim**-0.25, k * self.key_dim**-0.25
 
         count = torch.minimum(queries.sum(1), keys.sum(1)).clamp(1, self.num_landmarks)  # proposals of each row
@@ -99,8 +100,3 @@ class LARA(QKVAttention):
 def log_xi(x: Tensor, w: Tensor) -> Tensor:
     """w_c.x_n - |x_n|^2 / 2: x [..., N, K], w [..., C, K] -> [..., C, N]."""
     return w @ x.mT - x.square().sum(-1)[..., None, :] / 2
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()

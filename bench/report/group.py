@@ -146,7 +146,7 @@ def _logarithmic(columns: list[Column]) -> list[str]:
 
 
 def _rows(column: Column) -> list[dict[str, Any]]:
-    return column.board.table.to_dict("records")  # type: ignore[return-value]
+    return [{str(key): value for key, value in row.items()} for row in column.board.table.to_dict("records")]
 
 
 def _scores(columns: list[Column]) -> pd.DataFrame:

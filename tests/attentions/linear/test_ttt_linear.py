@@ -96,7 +96,10 @@ def test_the_dual_form_equals_gradient_descent_on_the_inner_loss(num_kv_heads, m
 @pytest.mark.parametrize("causal", [True, False])
 def test_masked_positions_teach_nothing(causal, make, agree):
     layer, x, mask = make(causal=causal), stream(8), visible(8)
-    want = lambda: naive(layer, x, key_mask=mask)  # noqa: E731
+
+    def want():
+        return naive(layer, x, key_mask=mask)
+
     agree(lambda: layer(x, key_mask=mask), want, [x, *layer.parameters()], rtol=1e-6, atol=1e-6)
 
 
