@@ -66,7 +66,8 @@ class LayerSpec:
         num_kv_heads: key-value heads G, a divisor of H; None means H.
         max_length: longest sequence the slot will see, in positions.
         context_length: longest context in cross-attention; None means max_length.
-        grid: rows, columns, ... when positions lie on an image.
+        grid: rows, columns, ... of an image whose pixels are the positions, last axis fastest; None: a line. Every
+            sequence of such a slot has as many positions as the grid; in cross-attention it is the queries' grid.
         rotary_base: rotate q and k by position with this base (RoPE); None leaves them alone.
         layer, num_layers: index of this layer among those that the mechanism fills, and their number.
     """
@@ -87,6 +88,8 @@ class LayerSpec:
         for name in ("dim", "num_heads", "num_kv_heads", "num_layers", "max_length", "context_length"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        if self.grid is not None and (len(self.grid) < 1 or min(self.grid) < 1):
+            raise ValueError(f"grid must hold sizes of at least 1, got {self.grid}")
         if self.dim % self.num_heads:
             near = sorted(
                 (h for h in range(1, self.dim + 1) if self.dim % h == 0), key=lambda h: abs(h - self.num_heads)
@@ -158,6 +161,8 @@ class Attention(nn.Module, ABC):
         complexity: of all positions at once, per head and channel: T queries, S keys, and its own hyper-parameters.
         selects: it chooses keys by sorting, top-k or hashing, so rounding may turn a choice over.
         requires: what it needs beyond a CPU with torch, such as "CUDA"; None: nothing.
+        leaks: how an output of its causal forms comes to depend on the future, as published; None: it does not. Such a
+            row runs, is listed and is not ranked among causal ones; its strict twin is.
         stepwise: why decoding differs from training by design; None: it does not.
         full_budget: hyper-parameters for length T at which it is softmax attention; None: there are none.
 
@@ -171,6 +176,7 @@ class Attention(nn.Module, ABC):
     complexity: ClassVar[str] = "not declared"
     selects: ClassVar[bool] = False
     requires: ClassVar[str | None] = None
+    leaks: ClassVar[str | None] = None
     stepwise: ClassVar[str | None] = None
     full_budget: ClassVar[Callable[..., dict[str, Any]] | None] = None
 
@@ -183,6 +189,7 @@ class Attention(nn.Module, ABC):
                 f"{''.join(f' ({why})' for why in reasons)}; it has: {', '.join(self.patterns.names())}"
             )
         self.spec = spec
+        self._auxiliary: dict[str, Tensor] = {}
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
@@ -234,9 +241,27 @@ class Attention(nn.Module, ABC):
             )
         return x if context is None else context
 
+    def add_auxiliary(self, **losses: Tensor) -> None:
+        """Called by a forward in train mode: scalar losses by name, each with its weight already in it."""
+        self._auxiliary = losses if self.training else {}
+
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Scalar losses of the last forward that the trainer adds (router balance, distillation)."""
-        return {}
+        """Scalar losses that the last forward left for the trainer to add, such as a router's balance; given once."""
+        losses, self._auxiliary = self._auxiliary, {}
+        return losses
+
+
+Factory = Callable[[LayerSpec], Attention]
+
+
+def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
+    """Losses of all mechanisms inside a model, summed by name over layers."""
+    total: dict[str, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            for name, loss in module.auxiliary_losses().items():
+                total[name] = total[name] + loss if name in total else loss
+    return total
 
 
 class QKVAttention(Attention):

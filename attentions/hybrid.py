@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from attentions.base import Attention, LayerSpec, Unsupported
+from attentions.base import Attention, Factory, LayerSpec, Unsupported
 
 
-def hybrid(spec: LayerSpec, *, layers: Sequence[Callable[[LayerSpec], Attention]]) -> Attention:
+def hybrid(spec: LayerSpec, *, layers: Sequence[Factory]) -> Attention:
     """Layer i of the stack is `layers[i mod n]`: [short_conv, based] is one conv layer and one Based layer.
 
     Args:

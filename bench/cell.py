@@ -27,16 +27,18 @@ from bench.store import HISTORY, Store, as_csv
 OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"  # as RuntimeError
 
 
-def compatible(task: Any, backbone: Any, attention: Any) -> str | None:
-    """Why this mechanism cannot fill the slots of this backbone on this task, or None: it is simply tried."""
-    from attentions.base import Unsupported
+def tried(task: Any, backbone: Any, attention: Any) -> dict[str, str]:
+    """What building the model once tells: why it cannot be (`why_not`), or how its causal slots leak (`leaks`)."""
+    from attentions.base import Attention, Unsupported
     from bench.backbones.base import build
 
     try:
-        build(backbone, task.spec, attention, seed=0)
+        model = build(backbone, task.spec, attention, seed=0)
     except Unsupported as error:
-        return str(error)
-    return None
+        return {"why_not": str(error)}
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    leaks = [layer.leaks for layer in layers if layer.spec.causal and layer.leaks]
+    return {"leaks": leaks[0]} if leaks else {}
 
 
 def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any], emit: Callable[..., None]) -> None:
@@ -65,11 +67,11 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
             f"the code of {cell.names['attention']} has changed since the sweep was planned; type the command again"
         )
     task = make_task(cell.parts["task"])
-    backbone, attention, why_not, error = None, None, None, None
+    backbone, attention, facts_of_model, error = None, None, {}, None
     try:
         backbone = instantiate(cell.parts["backbone"], _convert_="all")
         attention = instantiate(cell.parts["attention"], _convert_="all")
-        why_not = compatible(task, backbone, attention)
+        facts_of_model = tried(task, backbone, attention)
     except UserError as mistake:
         raise ImpossibleCell(str(mistake)) from mistake  # a wrong word in the config, not a fault of the mechanism
     except Exception as exception:
@@ -83,8 +85,8 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
         try:
             if error is not None:
                 raise error
-            if why_not is not None:
-                outcome = dict(status="unsupported", reason=why_not)
+            if "why_not" in facts_of_model:
+                outcome = dict(status="unsupported", reason=facts_of_model["why_not"])
             else:
                 key = replica.seed if task.seeded else 0
                 if key not in data:
@@ -105,6 +107,7 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
             started_at=started,
             task=describe(task, cell),
             pattern=None if backbone is None else pattern_of(backbone),
+            leaks=facts_of_model.get("leaks"),
             environment={
                 **facts,
                 **environment.software(),
@@ -186,6 +189,7 @@ def replicate(
             stopped=result.stopped,
             examples=result.examples,
             tokens=result.tokens,
+            auxiliary=result.auxiliary,
             seconds=result.seconds,
             tokens_per_second=result.tokens / result.seconds if result.seconds else None,
         ),

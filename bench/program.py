@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attentions.base import auxiliary_losses
 from bench.backbones.base import Backbone
 from bench.config import Budget
 from tasks.base import Batch, Task
 
-Step = Callable[[Batch, float], Tensor]
+Step = Callable[[Batch, float], dict[str, Tensor]]
 
 
 def autocast(budget: Budget, device: torch.device) -> contextlib.AbstractContextManager:
@@ -36,7 +37,10 @@ def output_of(model: Backbone, batch: Batch) -> Tensor:
 def make_step(
     model: Backbone, task: Task, optimiser: torch.optim.Optimizer, budget: Budget, device: torch.device
 ) -> Step:
-    """A function (batch, learning rate) -> loss, a scalar on the device that nobody has waited for."""
+    """A function (batch, learning rate) -> the task's loss and those that mechanisms add, by name.
+
+    All are scalars on the device that nobody has waited for.
+    """
 
     def loss_of(batch: Batch) -> Tensor:
         with autocast(budget, device):
@@ -46,7 +50,7 @@ def make_step(
     forward = torch.compile(loss_of, dynamic=False) if budget.program == "compiled" else loss_of
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def step(batch: Batch, rate: float) -> Tensor:
+    def step(batch: Batch, rate: float) -> dict[str, Tensor]:
         model.train()
         for group in optimiser.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -54,13 +58,13 @@ def make_step(
             else:
                 group["lr"] = rate
         loss = forward(batch)
-        auxiliary = model.auxiliary_losses()
+        auxiliary = auxiliary_losses(model)
         total = loss + sum(auxiliary.values()) if auxiliary else loss
         optimiser.zero_grad(set_to_none=True)
         total.backward()
         if budget.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm, foreach=True)
         optimiser.step()
-        return loss.detach()
+        return {"loss": loss.detach(), **{name: term.detach() for name, term in auxiliary.items()}}
 
     return step

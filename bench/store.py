@@ -27,7 +27,10 @@ from typing import Any
 from bench.errors import UserError
 
 SCHEMA = 1
-HISTORY = ("step", "train_loss", "valid_loss", "valid_metric", "learning_rate", "seconds")  # columns of history.csv
+HISTORY = (  # columns of history.csv
+    *("step", "train_loss", "auxiliary_loss", "valid_loss", "valid_metric"),
+    *("learning_rate", "seconds"),
+)
 FOLDER = re.compile(r"(?P<run_id>[0-9a-f]{20})(?:\.(?P<attempt>[2-9]|[1-9][0-9]+))?")
 
 

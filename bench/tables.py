@@ -26,7 +26,8 @@ def read_frames(store: Store, names: Mapping[str, Mapping[str, str]] | None = No
         runs.append(_run(record, _stale(record, warnings)))
         scores += [{"run_id": record["run_id"], **score} for score in record.get("scores", [])]
         folder = store.attempts(record["run_id"])[-1]
-        history += [{"run_id": record["run_id"], **row} for row in read_history(folder)]
+        # a record from before mechanisms had losses of their own lacks the column
+        history += [{"run_id": record["run_id"], "auxiliary_loss": 0.0, **row} for row in read_history(folder)]
     return Frames.from_rows(runs, scores, history), sorted(set(warnings))
 
 
@@ -68,6 +69,7 @@ def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
         backbone=names["backbone"],
         attention=names["attention"],
         pattern=record.get("pattern"),
+        leaks=record.get("leaks"),
         budget=names["budget"],
         seed=record["seed"],
         learning_rate=record["learning_rate"],

@@ -25,6 +25,7 @@ class Training:
     """What training one replica gave.
 
     status: ok, nan or diverged, with the step and reason; stopped: why it ended (solved, steps).
+    auxiliary: what mechanisms added to the loss, by name: the mean over the first and the last evaluation interval.
     """
 
     status: str = "ok"
@@ -35,6 +36,7 @@ class Training:
     tokens: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    auxiliary: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def learning_rate(step: int, peak: float, budget: Budget) -> float:
@@ -88,7 +90,7 @@ def train(
     batches = epochs(task, splits["train"], budget.batch_size, seed)
     primary = task.spec.primary
     better = 1.0 if task.spec.metrics[primary].higher_is_better else -1.0
-    losses: list[Tensor] = []  # on the device: reading one per step would stall a GPU
+    losses: list[dict[str, Tensor]] = []  # on the device: reading one per step would stall a GPU
     first_loss = math.nan
     while result.steps < budget.max_steps:
         started = time.perf_counter()
@@ -99,7 +101,7 @@ def train(
             result.steps += 1
             result.examples += len(batch)
             result.tokens += batch.inputs.numel()
-        values = torch.stack(losses).tolist()  # waits for the device: the interval's time is complete
+        values = torch.stack([step["loss"] for step in losses]).tolist()  # waits for the device: the time is complete
         result.seconds += time.perf_counter() - started
         first_loss = values[0] if math.isnan(first_loss) else first_loss
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
@@ -109,10 +111,14 @@ def train(
             result.stopped = "nan"
             return result
         mean_loss = sum(values) / len(values)
+        added = {name: _mean(losses, name) for name in losses[-1] if name != "loss"}
+        for name, mean in added.items():
+            result.auxiliary.setdefault(name, {"first": mean})["last"] = mean
         scores = evaluate(model, task, splits["valid"], budget)
         row = dict(  # the columns of history.csv, see bench.store
             step=result.steps,
             train_loss=mean_loss,
+            auxiliary_loss=sum(added.values()),
             valid_loss=scores.value("loss"),
             valid_metric=scores.value(primary),
             learning_rate=learning_rate(result.steps - 1, peak, budget),
@@ -132,3 +138,7 @@ def train(
             result.stopped = "solved"
             return result
     return result
+
+
+def _mean(losses: Sequence[dict[str, Tensor]], name: str) -> float:
+    return float(torch.stack([step[name] for step in losses if name in step]).mean())

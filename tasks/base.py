@@ -60,6 +60,7 @@ class TaskSpec:
         causal: predictions at t may use inputs <= t only.
         context: a second sequence, all of it visible, for cross-attention; None: there is none.
         context_length: the longest context.
+        grid: rows, columns, ... when every input is an image read pixel by pixel, last axis fastest; None: it is not.
         metrics: name -> unit and direction.
         primary: the metric that ranks, a key of `metrics`.
         chance: value of `primary` that guessing gives, the floor line.
@@ -74,6 +75,7 @@ class TaskSpec:
     chance: float
     context: Tokens | None = None
     context_length: int | None = None
+    grid: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attentions.base import Attention, LayerSpec, Pattern, State, UnsupportedPattern
+from attentions.base import Attention, Factory, LayerSpec, Pattern, State, UnsupportedPattern
 from bench.backbones.initialise import initialise, stream
 from tasks.base import TaskSpec
-
-Factory = Callable[[LayerSpec], Attention]
 
 
 @dataclass(kw_only=True)
@@ -61,15 +59,6 @@ class Backbone(nn.Module, ABC):
     def step(self, inputs: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
         """One token [B, 1] -> logits [B, 1, C] and the next state."""
         raise UnsupportedPattern(f"backbone {type(self).__name__} is noncausal and does not decode")
-
-    def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Sums over layers of what the attentions return."""
-        total: dict[str, Tensor] = {}
-        for module in self.modules():
-            if isinstance(module, Attention):
-                for name, loss in module.auxiliary_losses().items():
-                    total[name] = total[name] + loss if name in total else loss
-        return total
 
     @property
     def num_parameters(self) -> int:

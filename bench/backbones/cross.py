@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from attentions.base import Pattern
-from bench.backbones.base import Backbone, Factory
+from attentions.base import Factory, Pattern
+from bench.backbones.base import Backbone
 from bench.backbones.embed import TokenEmbedding
 from bench.backbones.heads import POOLINGS, make_head
 from bench.backbones.initialise import INITIALISATIONS
-from bench.backbones.layers import STATE_MIXERS, Layer, check_settings, slot_spec
+from bench.backbones.layers import NORMS, STATE_MIXERS, Layer, check_settings, make_norm, slot_spec
 from bench.errors import UserError
 from tasks.base import TaskSpec
 
@@ -31,7 +31,7 @@ class Cross(Backbone):
         context_mixer: noncausal self-attention of the context with itself, such as a short convolution; null: none.
         positions: of the context, none or learned.
         dim, num_layers, num_heads, num_kv_heads, state_mixer, mlp_ratio, pooling, tied_embeddings, embedding_dropout,
-            residual_dropout, initialisation: as in `bench.backbones.stack`.
+            residual_dropout, initialisation, norm: as in `bench.backbones.stack`.
 
     Source: ours, the noncausal cross slot of CAB (Zhang et al. 2022, https://arxiv.org/abs/2210.07661) on its own, in
     the shape of Perceiver's reads (Jaegle et al. 2021, https://arxiv.org/abs/2103.03206).
@@ -56,6 +56,7 @@ class Cross(Backbone):
         embedding_dropout: float = 0.0,
         residual_dropout: float = 0.0,
         initialisation: str = "scaled_normal",
+        norm: str = "layer_norm",
         context_mixer: Factory | None = None,
     ):
         super().__init__()
@@ -70,6 +71,7 @@ class Cross(Backbone):
                 "state_mixer": (state_mixer, STATE_MIXERS),
                 "pooling": (pooling, POOLINGS),
                 "initialisation": (initialisation, INITIALISATIONS),
+                "norm": (norm, NORMS),
             },
             rates={"embedding_dropout": embedding_dropout, "residual_dropout": residual_dropout},
             depths={"num_layers": num_layers},
@@ -87,14 +89,16 @@ class Cross(Backbone):
         self.context_layer: Layer | None = None
         if context_mixer is not None:
             mixer = context_mixer(slot(Pattern.NONCAUSAL_SELF, on_context=True))
-            self.context_layer = Layer(dim, mixer, "none", 0, residual_dropout)
+            self.context_layer = Layer(dim, mixer, "none", 0, residual_dropout, norm=norm)
         layers = []
         for index in range(num_layers):
             spec = slot(self.slots["cross"], layer=index, num_layers=num_layers)
-            layers.append(Layer(dim, attention(spec), state_mixer, mlp_ratio, residual_dropout))
+            layers.append(Layer(dim, attention(spec), state_mixer, mlp_ratio, residual_dropout, norm=norm))
         self.layers = nn.ModuleList(layers)
-        self.context_norm = nn.LayerNorm(dim)
-        self.head = make_head(task, dim, pooling, self.embedding.tokens if tied_embeddings else None)
+        self.context_norm = make_norm(norm, dim)
+        self.head = make_head(
+            task, make_norm(norm, dim), dim, pooling, self.embedding.tokens if tied_embeddings else None
+        )
 
     def forward(
         self,

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from attentions.base import LayerSpec, Pattern
-from bench.backbones.base import Backbone, DecodeState, Factory
+from attentions.base import Factory, LayerSpec, Pattern
+from bench.backbones.base import Backbone, DecodeState
 from bench.backbones.embed import POSITIONS, TokenEmbedding
 from bench.backbones.heads import TokenHead
 from bench.backbones.initialise import INITIALISATIONS
-from bench.backbones.layers import STATE_MIXERS, Layer, alternating, check_settings, slot_spec
+from bench.backbones.layers import NORMS, STATE_MIXERS, Layer, alternating, check_settings, make_norm, slot_spec
 from bench.errors import UserError
 from tasks.base import PerToken, TaskSpec
 
@@ -31,7 +31,7 @@ class EncoderDecoder(Backbone):
         num_encoder_layers, num_layers: depth of encoder and decoder.
         alternate_with: a mechanism that takes encoder layers 0, 2, 4, ..., such as a short convolution.
         dim, num_heads, num_kv_heads, positions, state_mixer, mlp_ratio, tied_embeddings, embedding_dropout,
-            residual_dropout, initialisation: as in `bench.backbones.stack`.
+            residual_dropout, initialisation, norm: as in `bench.backbones.stack`.
 
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, with the norms before the branches; slots: CAB
     (Zhang et al. 2022, https://arxiv.org/abs/2210.07661).
@@ -62,6 +62,7 @@ class EncoderDecoder(Backbone):
         embedding_dropout: float = 0.0,
         residual_dropout: float = 0.0,
         initialisation: str = "scaled_normal",
+        norm: str = "layer_norm",
         alternate_with: Factory | None = None,
     ):
         super().__init__()
@@ -76,6 +77,7 @@ class EncoderDecoder(Backbone):
                 "positions": (positions, POSITIONS),
                 "state_mixer": (state_mixer, STATE_MIXERS),
                 "initialisation": (initialisation, INITIALISATIONS),
+                "norm": (norm, NORMS),
             },
             rates={"embedding_dropout": embedding_dropout, "residual_dropout": residual_dropout},
             depths={"num_layers": num_layers, "num_encoder_layers": num_encoder_layers},
@@ -94,7 +96,7 @@ class EncoderDecoder(Backbone):
         encoder = []
         for factory, index, count in alternating(fill["encoder_self"], alternate_with, num_encoder_layers):
             spec = spec_of(self.slots["encoder_self"], layer=index, num_layers=count, on_context=True)
-            encoder.append(Layer(dim, factory(spec), state_mixer, mlp_ratio, residual_dropout))
+            encoder.append(Layer(dim, factory(spec), state_mixer, mlp_ratio, residual_dropout, norm=norm))
         decoder = []
         for index in range(num_layers):
             specs: dict[str, LayerSpec] = {
@@ -102,10 +104,10 @@ class EncoderDecoder(Backbone):
                 for name in ("decoder_self", "cross")
             }
             own, cross = (fill[name](spec) for name, spec in specs.items())
-            decoder.append(Layer(dim, own, state_mixer, mlp_ratio, residual_dropout, cross))
+            decoder.append(Layer(dim, own, state_mixer, mlp_ratio, residual_dropout, cross, norm=norm))
         self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
-        self.context_norm = nn.LayerNorm(dim)
-        self.head = TokenHead(task, dim, self.embedding.tokens if tied_embeddings else None)
+        self.context_norm = make_norm(norm, dim)
+        self.head = TokenHead(task, make_norm(norm, dim), dim, self.embedding.tokens if tied_embeddings else None)
 
     def forward(
         self,

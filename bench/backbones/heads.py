@@ -24,13 +24,14 @@ class TokenHead(nn.Module):
 
     Args:
         spec: gives the number of classes.
+        norm: of the stream, before the projection.
         dim: width M.
         tied: the embedding whose weight is shared, or None for a projection of its own.
     """
 
-    def __init__(self, spec: TaskSpec, dim: int, tied: nn.Embedding | None):
+    def __init__(self, spec: TaskSpec, norm: nn.Module, dim: int, tied: nn.Embedding | None):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = norm
         self.project = nn.Linear(dim, spec.output.num_classes, bias=False)
         if tied is not None:
             if tied.weight.shape != self.project.weight.shape:
@@ -49,14 +50,15 @@ class SequenceHead(nn.Module):
 
     Args:
         spec: gives the number of classes.
+        norm: of the stream, before the projection.
         dim: width M.
         pooling: mean, first or last unmasked position.
     """
 
-    def __init__(self, spec: TaskSpec, dim: int, pooling: str):
+    def __init__(self, spec: TaskSpec, norm: nn.Module, dim: int, pooling: str):
         super().__init__()
         self.pooling = pooling
-        self.norm = nn.LayerNorm(dim)
+        self.norm = norm
         self.project = nn.Linear(dim, spec.output.num_classes)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
@@ -72,6 +74,10 @@ class SequenceHead(nn.Module):
         return self.project(self.norm(pooled))
 
 
-def make_head(spec: TaskSpec, dim: int, pooling: str, tied: nn.Embedding | None) -> TokenHead | SequenceHead:
+def make_head(
+    spec: TaskSpec, norm: nn.Module, dim: int, pooling: str, tied: nn.Embedding | None
+) -> TokenHead | SequenceHead:
     """The head of a task's output; one label per sequence has classes of its own, so nothing is tied."""
-    return SequenceHead(spec, dim, pooling) if isinstance(spec.output, PerSequence) else TokenHead(spec, dim, tied)
+    if isinstance(spec.output, PerSequence):
+        return SequenceHead(spec, norm, dim, pooling)
+    return TokenHead(spec, norm, dim, tied)

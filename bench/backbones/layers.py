@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attentions.base import Attention, LayerSpec, Pattern, State
-from bench.backbones.base import DecodeState, Factory
+from attentions.base import Attention, Factory, LayerSpec, Pattern, State
+from bench.backbones.base import DecodeState
 from bench.errors import UserError, unknown
 from tasks.base import TaskSpec
 
-STATE_MIXERS = ("mlp", "none", "zoology_identity")
+STATE_MIXERS = ("mlp", "sglu", "none", "zoology_identity")
+NORMS = ("layer_norm", "simple_rms_norm")
 
 
 def check_settings(
@@ -63,6 +66,7 @@ def slot_spec(
             cross=pattern in Pattern.CROSS,
             max_length=context_length if on_context else task.length,
             context_length=context_length if pattern in Pattern.CROSS else None,
+            grid=None if on_context else task.grid,
             rotary_base=10000.0 if positions == "rotary" else None,
             layer=layer,
             num_layers=num_layers,
@@ -76,10 +80,11 @@ class Layer(nn.Module):
 
     Args:
         attention: over x itself, or over a context when its spec says so (`cross`); None: no such branch.
-        cross: a second attention, over a context.
-        state_mixer: mlp, none or zoology_identity.
-        mlp_ratio: width of the MLP over dim; 0: no MLP.
+        state_mixer: mlp, sglu, none or zoology_identity.
+        mlp_ratio: width of the MLP or SGLU over dim; 0: neither.
         dropout: on every branch before it joins the stream.
+        cross: a second attention, over a context.
+        norm: layer_norm or simple_rms_norm, of the stream before each branch.
     """
 
     def __init__(
@@ -90,17 +95,21 @@ class Layer(nn.Module):
         mlp_ratio: float,
         dropout: float,
         cross: Attention | None = None,
+        norm: str = "layer_norm",
     ):
         super().__init__()
         self.attention = attention
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = make_norm(norm, dim)
         self.cross = cross
-        self.cross_norm = None if cross is None else nn.LayerNorm(dim)
+        self.cross_norm = None if cross is None else make_norm(norm, dim)
         self.dropout = nn.Dropout(dropout)
         self.state_mixer: nn.Module | None = None
-        if state_mixer == "zoology_identity" or (state_mixer == "mlp" and mlp_ratio > 0):
-            self.state_norm = nn.LayerNorm(dim)
-            self.state_mixer = nn.Identity() if state_mixer == "zoology_identity" else MLP(dim, mlp_ratio)
+        if state_mixer == "zoology_identity":
+            self.state_mixer = nn.Identity()
+        elif state_mixer != "none" and mlp_ratio > 0:
+            self.state_mixer = (MLP if state_mixer == "mlp" else SGLU)(dim, mlp_ratio)
+        if self.state_mixer is not None:
+            self.state_norm = make_norm(norm, dim)
 
     def forward(
         self,
@@ -155,6 +164,42 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
+
+
+class SGLU(nn.Module):
+    """A gated linear unit without activation: [(x W_v) * (x W_u)] W_o.
+
+    Source: Qin et al. 2023 (TransNormerLLM), https://arxiv.org/abs/2307.14995, section 3.1 (simple GLU).
+    """
+
+    def __init__(self, dim: int, ratio: float):
+        super().__init__()
+        self.value = nn.Linear(dim, round(ratio * dim), bias=False)
+        self.gate = nn.Linear(dim, round(ratio * dim), bias=False)
+        self.fc2 = nn.Linear(round(ratio * dim), dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.value(x) * self.gate(x))
+
+
+class SimpleRMSNorm(nn.Module):
+    """x / (||x||_2 / sqrt(M)), without a weight.
+
+    Source: Qin et al. 2023 (TransNormerLLM), https://arxiv.org/abs/2307.14995, section 3.1.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def make_norm(kind: str, dim: int) -> nn.Module:
+    """A norm over the width: layer_norm, or simple_rms_norm."""
+    return SimpleRMSNorm() if kind == "simple_rms_norm" else nn.LayerNorm(dim)
+
+
+def within(block: Callable[..., Attention] | None, mixer: Factory) -> Factory:
+    """A factory of blocks with `mixer` inside, `block(spec, mixer=mixer)`; of the mixer itself without a block."""
+    return mixer if block is None else functools.partial(block, mixer=mixer)
 
 
 def alternating(

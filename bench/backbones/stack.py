@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from attentions.base import Pattern
-from bench.backbones.base import Backbone, Factory
+from attentions.base import Attention, Factory, Pattern
+from bench.backbones.base import Backbone
 from bench.backbones.embed import POSITIONS, TokenEmbedding
 from bench.backbones.heads import POOLINGS, make_head
 from bench.backbones.initialise import INITIALISATIONS
-from bench.backbones.layers import STATE_MIXERS, Layer, alternating, check_settings, slot_spec
+from bench.backbones.layers import NORMS, STATE_MIXERS, Layer, alternating, check_settings, make_norm, slot_spec, within
 from bench.errors import UserError
 from tasks.base import TaskSpec
 
@@ -25,13 +25,17 @@ class Stack(Backbone):
         attention: makes the layer of a slot.
         dim, num_layers, num_heads, num_kv_heads: M, depth, H, G.
         positions: none, learned (absolute) or rotary.
-        state_mixer: mlp (GELU, width mlp_ratio * dim); none; zoology_identity, which adds LN(x) itself to the
-            stream: what `state_mixer=Identity` does in Zoology, and needed to reproduce its cells.
-        mlp_ratio: width of the MLP in units of dim; 0 means no MLP.
+        state_mixer: mlp (GELU, width mlp_ratio * dim); sglu (a gated linear unit of that width); none;
+            zoology_identity, which adds LN(x) itself to the stream: what `state_mixer=Identity` does in Zoology, and
+            needed to reproduce its cells.
+        mlp_ratio: width of the MLP or SGLU in units of dim; 0 means neither.
         pooling: what a task with one label per sequence reads: mean (over unmasked positions), first or last.
         tied_embeddings: the head shares the token embedding.
         embedding_dropout, residual_dropout: after the embedding; on every branch before it joins the stream.
         initialisation: scaled_normal or native, see `bench.backbones.initialise`.
+        norm: layer_norm or simple_rms_norm (no weight), before every branch and the head.
+        block: a mechanism that holds another one, `block(spec, mixer=...)`, such as MambaOut's gated block; it stands
+            in every layer of the mechanism under test, and that mechanism inside of it.
         alternate_with: a second mechanism for layers 0, 2, 4, ...; the mechanism under test then fills 1, 3, 5, ...
     """
 
@@ -54,6 +58,8 @@ class Stack(Backbone):
         embedding_dropout: float = 0.0,
         residual_dropout: float = 0.0,
         initialisation: str = "scaled_normal",
+        norm: str = "layer_norm",
+        block: Callable[..., Attention] | None = None,
         alternate_with: Factory | None = None,
     ):
         super().__init__()
@@ -74,6 +80,7 @@ class Stack(Backbone):
                 "state_mixer": (state_mixer, STATE_MIXERS),
                 "pooling": (pooling, POOLINGS),
                 "initialisation": (initialisation, INITIALISATIONS),
+                "norm": (norm, NORMS),
             },
             rates={"embedding_dropout": embedding_dropout, "residual_dropout": residual_dropout},
             depths={},
@@ -82,7 +89,7 @@ class Stack(Backbone):
         self.initialisation = initialisation
         self.embedding = TokenEmbedding(task.inputs, task.length, dim, positions, embedding_dropout)
         layers = []
-        for factory, index, count in alternating(attention, alternate_with, num_layers):
+        for factory, index, count in alternating(within(block, attention), alternate_with, num_layers):
             spec = slot_spec(
                 task,
                 self.pattern,
@@ -93,9 +100,11 @@ class Stack(Backbone):
                 layer=index,
                 num_layers=count,
             )
-            layers.append(Layer(dim, factory(spec), state_mixer, mlp_ratio, residual_dropout))
+            layers.append(Layer(dim, factory(spec), state_mixer, mlp_ratio, residual_dropout, norm=norm))
         self.layers = nn.ModuleList(layers)
-        self.head = make_head(task, dim, pooling, self.embedding.tokens if tied_embeddings else None)
+        self.head = make_head(
+            task, make_norm(norm, dim), dim, pooling, self.embedding.tokens if tied_embeddings else None
+        )
 
     def forward(
         self,

@@ -46,6 +46,7 @@ CHECKS = {
         Check(interface.check_patterns, None),
         Check(causality.check_no_look_ahead, CAUSAL),
         Check(causality.check_mixing),
+        Check(causality.check_grid),
         Check(decoding.check_step_by_step, CAUSAL),
         Check(decoding.check_prefill, CAUSAL),
         Check(decoding.check_state_apart, CAUSAL),

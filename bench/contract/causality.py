@@ -5,14 +5,49 @@ Look-ahead is tested by substitution, never by gradients: sorting and top-k leak
 
 from __future__ import annotations
 
-from attentions.base import LayerSpec, Pattern, QKVAttention
-from bench.contract.comparing import EXACT, FORMS, require_different, require_equal
-from bench.contract.layers import CONTEXT, LENGTH, LONG, Factory, build, inputs, intercepted, mixes, replaced, run_layer
+from dataclasses import replace
+
+import torch
+
+from attentions.base import Attention, LayerSpec, Pattern, QKVAttention
+from bench.contract.comparing import (
+    EXACT,
+    FORMS,
+    ContractError,
+    NotApplicable,
+    require_different,
+    require_equal,
+    require_finite,
+)
+from bench.contract.layers import (
+    BATCH,
+    CONTEXT,
+    LENGTH,
+    LONG,
+    Factory,
+    build,
+    inputs,
+    intercepted,
+    mixes,
+    replaced,
+    run_layer,
+)
 
 
 def check_no_look_ahead(factory: Factory, spec: LayerSpec) -> None:
-    """No output moves when every later input is replaced or cut off, in train and in eval mode."""
+    """No output moves when every later input is replaced or cut off, in train and in eval mode; or it is said to."""
     module = build(factory, spec)
+    try:
+        _look_ahead(module, spec)
+    except ContractError:
+        if module.leaks is None:
+            raise
+        raise NotApplicable(f"it looks ahead, as declared: {module.leaks}") from None
+    if module.leaks is not None:
+        raise ContractError(f"declared to look ahead, yet no output does: {module.leaks}")
+
+
+def _look_ahead(module: Attention, spec: LayerSpec) -> None:
     plans = [(LENGTH, range(LENGTH - 1)), (64, (0, 15, 31, 47, 62)), (LONG, (0, 31, 63, 64, 66, 127, LONG - 2))]
     if spec.cross:
         plans = [(11, range(10)), (LENGTH, range(LENGTH - 1))]  # fewer and more queries than keys
@@ -55,3 +90,27 @@ def check_mixing(factory: Factory, spec: LayerSpec) -> None:
             if heads:
                 what = f"outputs ignore the values of all {words}: nothing is summed up"
                 require_different(output, expected, what)
+
+
+def check_grid(factory: Factory, spec: LayerSpec) -> None:
+    """On an image of 5 x 7 positions, read row by row: what holds on a line holds here."""
+    spec = replace(spec, grid=(5, 7), max_length=35)
+    module = build(factory, spec)
+    *queries, source = inputs(spec, length=35)
+    base = run_layer(module, *queries, source)
+    if base.shape != (BATCH, 35, spec.dim):
+        raise ContractError(f"[B, 35, M] became {list(base.shape)}")
+    require_finite(base, "output")
+    if spec.causal and module.leaks is None:
+        x, *context = *queries, source
+        for t in (0, 5, 6, 7, 17, 33):
+            output = run_layer(module, replaced(x, slice(t + 1, None)), *context)
+            require_equal(
+                output[:, : t + 1], base[:, : t + 1], f"inputs after {t} replaced: an output up to {t}", EXACT
+            )
+    mask = torch.arange(source.shape[1]).expand(BATCH, -1) % 5 < torch.tensor([[3], [4]])
+    clean = run_layer(module, *queries, source, key_mask=mask)
+    dirty = run_layer(module, *queries, source.masked_fill(~mask[..., None], 2.0), key_mask=mask)
+    if not spec.cross:  # what a masked position gives is nobody's business
+        dirty, clean = (output.masked_fill(~mask[..., None], 0.0) for output in (dirty, clean))
+    require_equal(dirty, clean, "masked keys replaced: an unmasked output", EXACT)

@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from attentions.base import LayerSpec
+from attentions.base import LayerSpec, auxiliary_losses
 from bench.config import CONF
 from bench.contract.comparing import (
     BFLOAT16,
@@ -26,13 +26,17 @@ COUNT = 521  # a bfloat16 sum of ones stands still at 256
 
 
 def check_gradients(factory: Factory, spec: LayerSpec) -> None:
-    """Every parameter that asks for a gradient gets one."""
+    """Every parameter that asks for a gradient gets one, from the output or from a finite auxiliary loss."""
     module = build(factory, spec).train()
     output = module(*inputs(spec))
+    auxiliary = auxiliary_losses(module)
+    for name, loss in auxiliary.items():
+        if loss.dim() or not loss.isfinite():
+            raise ContractError(f"the auxiliary loss {name} is no finite scalar: {list(loss.shape)} {loss}")
     if any(parameter.requires_grad for parameter in module.parameters()):
         if not output.requires_grad:
             raise ContractError("the output carries no gradient")
-        (output.square().sum() + sum(module.auxiliary_losses().values())).backward()
+        (output.square().sum() + sum(auxiliary.values())).backward()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any()):
             raise ContractError(f"parameter {name} gets no gradient")

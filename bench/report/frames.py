@@ -19,6 +19,7 @@ RUNS = {
         "string",
         "hash of what every row of a board must share: task, backbone and budget, values included",
     ),
+    "leaks": ("string", "how outputs come to depend on the future, in a causal slot; missing: they do not"),
     "stale": ("boolean", "the mechanism, the task or the program has changed since; not ranked"),
     "status": ("string", "ok, diverged, nan, oom, timeout, unsupported, error, killed or interrupted"),
     "reason": ("string", "why it is not ok, one line"),
@@ -67,7 +68,8 @@ SCORES = {
 HISTORY = {
     "run_id": ("string", "see runs"),
     "step": ("Int64", "optimiser steps done"),
-    "train_loss": ("float64", "mean since the last row"),
+    "train_loss": ("float64", "the task's loss, mean since the last row"),
+    "auxiliary_loss": ("float64", "sum of what mechanisms add to it (balance, distillation), mean likewise"),
     "valid_loss": ("float64", "nats"),
     "valid_metric": ("float64", "primary metric on valid"),
     "learning_rate": ("float64", "at this step"),
