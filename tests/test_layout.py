@@ -16,7 +16,7 @@ OURS = {"attentions", "tasks", "bench", "conf", "tests"}
 ALLOWED = {
     "attentions": {"torch", "attentions"},
     "attentions.kernels": {"torch", "triton", "attentions"},
-    "tasks": {"torch", "numpy", "datasets", "tasks"},
+    "tasks": {"torch", "numpy", "datasets", "sklearn", "tasks"},
 }
 NAMED = {"tasks.base", "attentions.base"}  # what bench may import by name
 HEAVY_ONLY_IN = {"pandas": "bench/report", "matplotlib": "bench/report"}

@@ -66,6 +66,14 @@ def test_a_declared_reason_skips_decoding_checks_with_its_words():
     }
 
 
+def test_a_declared_leak_is_named_and_skips_the_look():
+    class Confessed(OffByOneMask):
+        leaks = "position t reads t + 1"
+
+    (outcome,) = [o for o in run(Confessed, "confessed", checks=["no_look_ahead"]) if o.pattern == "causal self"]
+    assert (outcome.status, outcome.detail) == ("skip", "it looks ahead, as declared: position t reads t + 1")
+
+
 def test_a_hybrid_is_checked_in_every_kind_of_layer():
     def alternate(spec: LayerSpec):
         return (OffByOneMask if spec.layer % 3 == 2 else Softmax)(spec)

@@ -38,6 +38,24 @@ class NoncausalWindow(SlidingWindow):
         return (torch.arange(num_queries)[:, None] - torch.arange(num_keys)).abs() < self.window
 
 
+@caught("no_look_ahead", "declared to look ahead, yet no output does: it ranks all keys")
+class NeedlessConfession(Softmax):
+    """Strictly causal, and declared not to be: it would be kept out of the ranking for nothing."""
+
+    leaks = "it ranks all keys"
+
+
+@caught("grid", "inputs after 5 replaced: an output up to 5")
+class ColumnByColumn(Softmax):
+    """Orders the positions of an image by columns, where an image is read by rows."""
+
+    def visible(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        order = torch.arange(num_keys)
+        if self.spec.grid is not None:
+            order = order.view(self.spec.grid).mT.flatten().argsort()
+        return order[:, None] >= order
+
+
 @caught("no_look_ahead", "train mode")
 class TimeBatchNorm(Softmax):
     """Batch norm over batch and time: statistics of the future, in train mode only."""
