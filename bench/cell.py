@@ -113,6 +113,7 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
                 **environment.software(),
                 **environment.processor(),
                 **environment.accelerator(device),
+                "load": environment.load(),
                 "deterministic": "bitwise" if device.type == "cpu" else "seeded",
             },
             **header(cell),

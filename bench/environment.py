@@ -62,6 +62,14 @@ def processor() -> dict[str, Any]:
     return dict(cpu=model, cores=os.cpu_count(), system=f"{platform.system()} {platform.machine()}")
 
 
+def load() -> float | None:
+    """Processes that wanted a core during the last minute, per core: above 1, times are those of a busy machine."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:  # not every system counts them
+        return None
+
+
 def accelerator(device: Any) -> dict[str, Any]:
     """The device a replica ran on: name, and for a GPU its memory, CUDA and driver."""
     import torch

@@ -88,6 +88,7 @@ def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
         peak_memory_bytes=cost.get("peak_memory_bytes", nan),
         decode_ms_per_token=cost.get("decode_ms_per_token", nan),
         device=environment.get("device_name") or environment.get("cpu"),
+        load=environment.get("load", nan),
         dtype=record["precision"],
         torch=environment["torch"],
         python=environment["python"],

@@ -48,6 +48,7 @@ RUNS = {
     "peak_memory_bytes": ("float64", "GPU: allocated by torch; CPU: resident, of the process"),
     "decode_ms_per_token": ("float64", "median at batch 1"),
     "device": ("string", "name of the GPU or CPU"),
+    "load": ("float64", "load of the machine per core in the last minute of the run, this run included"),
     "dtype": ("string", "float32 or bfloat16"),
     "torch": ("string", "version"),
     "python": ("string", "version"),

@@ -118,7 +118,9 @@ def _group(key: GroupKey, boards: list[Board], reference: Sequence[str] | None) 
     columns = _columns(boards)
     cells = composite.averaged(_scores(columns), _logarithmic(columns))
     if reference is None:
-        whole = [{r["attention"] for r in _rows(column) if r["status"] == "ok"} for column in columns]
+        whole = [
+            {r["attention"] for r in _rows(column) if r["status"] == "ok" and pd.isna(r["leaks"])} for column in columns
+        ]
         reference = sorted(set.intersection(*whole))
     constants = composite.reference(cells, reference)
     z = composite.standardised(cells, constants)
@@ -152,12 +154,12 @@ def _rows(column: Column) -> list[dict[str, Any]]:
 def _scores(columns: list[Column]) -> pd.DataFrame:
     """`test` of every seed that succeeded at the chosen rate, as `composite.averaged` wants it.
 
-    A mechanism's rank in a board is the middle of the ranks that its seeds leave possible.
+    What looks ahead has none. A mechanism's rank in a board is the middle of the ranks that its seeds leave possible.
     """
     parts = []
     for column in columns:
         board = column.board
-        own = board.runs[board.runs["chosen"] & board.runs["good"]]
+        own = board.runs[board.runs["chosen"] & board.runs["good"] & board.runs["leaks"].isna()]
         table = board.table.set_index("attention")
         middle = (table["rank_best"] + table["rank_worst"]).astype("float64") / 2
         cell = dict(zip(CELL, column.cell, strict=True))

@@ -136,7 +136,8 @@ def columns(board: Board) -> dict[str, str]:
         "rank": f"every rank that the seeds leave possible for this row at {level} (Welch's test against each other "
         "row, Holm's correction over them). Rows that the seeds cannot tell apart share ranks; "
         "rows that share a rank need not be tied in pairs. A row with failed seeds "
-        "is never ranked above another.",
+        "is never ranked above another. A row with numbers and no rank looks ahead in a causal slot, as published; its "
+        "strict twin is ranked.",
         f"test {board.metric}": "mean over the seeds that succeeded, at the chosen learning rate, with the Student-t "
         f"interval at {level}. Equal values give an interval without width: no spread was seen, which is not to say "
         "that there is none.",
@@ -200,7 +201,7 @@ def terminal(board: Board) -> Table:
     for line in lines[1:]:
         shown.add_row(*map(Text, line))
     if len(board.runs):
-        failed = board.table[board.table["rank_best"].isna()].to_dict("records")
+        failed = board.table[board.table["test_mean"].isna()].to_dict("records")
         reasons = [f"{row['attention']}: {row['status']}, {row['reason']}" for row in failed]
         shown.caption = Text("\n".join([wording.conditions(board)["Runs"], *wording.warnings(board), *reasons]))
         shown.caption_justify = "left"

@@ -12,7 +12,7 @@ from bench.report import statistics
 TIMES = ["tokens_per_second", "decode_ms_per_token", "peak_memory_bytes"]  # true of one device only
 SIZES = ["num_parameters", "state_bytes", "state_length", "steps"]
 COLUMNS = [
-    *("rank_best", "rank_worst", "attention", "status", "reason", "metric", "metric_unit"),
+    *("rank_best", "rank_worst", "attention", "status", "reason", "leaks", "metric", "metric_unit"),
     *("test_mean", "test_low", "test_high", "seeds_ok", "seeds_run", "seed_values"),
     *("solved", "solve_rate", "solve_low", "solve_high", "valid_mean", "learning_rate", "edge"),
     *(*SIZES, "device", *TIMES),
@@ -102,18 +102,23 @@ def costs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(runs: pd.DataFrame, of: Measure) -> pd.DataFrame:
-    """One row per mechanism, COLUMNS; ranked ones first, best first, then those without a result by name."""
+    """One row per mechanism, COLUMNS: the ranked, best first; those that look ahead, likewise; those without a result.
+
+    What looks ahead in a causal slot has numbers and no rank.
+    """
     spent = costs(runs)
     rows = [_row(str(name), own, spent[spent["attention"] == name], of) for name, own in runs.groupby("attention")]
     good, bad = [row for row in rows if row["values"]], [row for row in rows if not row["values"]]
     sign = -1.0 if of.higher_is_better else 1.0
     good.sort(key=lambda row: (sign * row["test_mean"], sign * row["valid_mean"], row["attention"]))
+    good.sort(key=lambda row: bool(row["leaks"]))
+    fair = [row for row in good if not row["leaks"]]
     ranks = statistics.rank_intervals(
-        [row["values"] for row in good],
+        [row["values"] for row in fair],
         higher_is_better=of.higher_is_better,
-        whole=[row["status"] == "ok" for row in good],
+        whole=[row["status"] == "ok" for row in fair],
     )
-    for row, (best, worst) in zip(good, ranks, strict=True):
+    for row, (best, worst) in zip(fair, ranks, strict=True):
         row.update(rank_best=best, rank_worst=worst)
     return pd.DataFrame([*good, *bad], columns=COLUMNS).astype(dict.fromkeys(COUNTS, "Int64"))
 
@@ -121,6 +126,7 @@ def table(runs: pd.DataFrame, of: Measure) -> pd.DataFrame:
 def _row(attention: str, runs: pd.DataFrame, spent: pd.DataFrame, of: Measure) -> dict[str, Any]:
     """One mechanism: its seeds at the chosen rate, or the statuses of all its runs when none succeeded."""
     row: dict[str, Any] = {"attention": attention, "metric": of.metric, "metric_unit": of.unit, "values": []}
+    row["leaks"] = next(iter(runs["leaks"].dropna()), None)
     chosen = runs[runs["chosen"]]
     bad = runs if chosen.empty else chosen[~chosen["good"]]
     row["status"], row["reason"] = (words(bad), common_reason(bad)) if len(bad) else ("ok", "")

@@ -12,6 +12,7 @@ from bench.report import rows
 from bench.report.leaderboard import FLOORS, Board
 
 NOTHING = "–"
+BUSY = 1.25  # load per core above which other work must have run beside a sweep's one process per core
 EDGES = {"smallest": "▼", "largest": "▲"}
 
 
@@ -78,10 +79,12 @@ def rate(row: dict[str, Any]) -> str:
 
 
 def note(row: dict[str, Any]) -> str:
-    """Why seeds are missing, or what the row is for."""
+    """Why seeds are missing, why it has no rank, or what the row is for."""
     if row["status"] != "ok":
         few = "" if missing(row["rank_best"]) else f"{row['seeds_ok']} of {row['seeds_run']} seeds, {row['status']}: "
         return f"{few}{row['reason']}"
+    if not missing(row["leaks"]):
+        return f"not ranked, looks ahead: {row['leaks']}"
     return f"floor: {FLOORS[row['attention']]}" if row["attention"] in FLOORS else ""
 
 
@@ -183,6 +186,12 @@ def warnings(board: Board) -> list[str]:
     ]
     if edges:
         lines.append(f"Best learning rate at the edge of the grid, a wider one may do better: {', '.join(edges)}.")
+    busy = board.runs["load"][board.runs["load"] > BUSY]
+    if len(busy):
+        lines.append(
+            f"The machine did other work beside {len(busy)} of {len(board.runs)} runs (load per core up to "
+            f"{busy.max():.1f}): times are not to be compared; scores and sizes do not depend on it."
+        )
     if board.costs["device"].nunique() > 1:
         lines.append("Several devices: times and memory stand apart by device, compare them only within one.")
     return lines

@@ -226,6 +226,13 @@ def test_a_pattern_that_a_mechanism_does_not_have_is_unsupported_and_one_without
     )
 
 
+def test_how_a_causal_mechanism_leaks_stands_in_its_record(cell, reference, tmp_path, monkeypatch):
+    assert all(record["leaks"] is None for record in reference[0].values())
+    monkeypatch.setattr(Softmax, "leaks", "it ranks all keys")
+    (record,) = run(sweeping.cell(), tmp_path)[0].values()
+    assert (record["status"], record["leaks"]) == ("ok", "it ranks all keys")
+
+
 @pytest.mark.parametrize("override", ["task.vocab_size=33", "backbone.positions=rotari", "device=cdua", "device=cuda"])
 def test_what_no_run_can_do_is_the_users_mistake_and_no_record(tmp_path, override, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

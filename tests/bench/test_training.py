@@ -44,6 +44,42 @@ def train(network=None, mqar=None, peak=0.01, **changes):
     return training.train(network, mqar, splits, dataclasses.replace(BUDGET, **changes), peak, 0, CPU)
 
 
+class Balanced(Softmax):
+    """A number that only the mechanism's own loss pulls, from 3 towards 0."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.offset = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x, context=None, *, key_mask=None):
+        self.add_auxiliary(offset=self.offset.square())
+        return super().forward(x, context, key_mask=key_mask)
+
+
+def test_losses_of_a_mechanism_are_trained_and_recorded_beside_the_tasks_own():
+    network, plain = model(Balanced), model()
+    result, alone = train(network), train(plain)
+    offset = float(dict(network.named_parameters())["layers.0.attention.offset"].detach())
+    assert offset < 2.97, "seven steps of AdamW at 0.01 move it by about 0.04"
+    (name,) = result.auxiliary
+    assert name == "offset" and 9.0 > result.auxiliary[name]["first"] > result.auxiliary[name]["last"] > offset**2
+    added = [row["auxiliary_loss"] for row in result.history]
+    assert added == pytest.approx([result.auxiliary[name]["first"], added[1], result.auxiliary[name]["last"]])
+    assert alone.auxiliary == {} and {row["auxiliary_loss"] for row in alone.history} == {0}
+    first, second = (r.history[0]["train_loss"] for r in (result, alone))
+    assert first == pytest.approx(second, rel=1e-3)  # the task's loss alone, though clipping differs
+
+
+def test_losses_are_given_once_and_only_in_train_mode():
+    layer = model(Balanced).layers[0].attention
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    layer(x)
+    assert set(layer.auxiliary_losses()) == {"offset"} and layer.auxiliary_losses() == {}
+    layer(x)
+    layer.eval()(x)
+    assert layer.auxiliary_losses() == {}
+
+
 # -- schedule and optimiser --------------------------------------------------------------------------------
 
 

@@ -97,6 +97,19 @@ def test_the_reference_set_is_every_mechanism_with_all_seeds_in_all_boards(group
     assert group.table.loc[group.table["in_reference"], "attention"].tolist() == ["softmax", "uniform", "none"]
 
 
+def test_a_row_that_looks_ahead_in_one_board_is_neither_reference_nor_in_its_index():
+    data = patterns()
+    data.runs["leaks"] = data.runs["leaks"].mask(
+        (data.runs["attention"] == "short_conv") & (data.runs["pattern"] == "causal self"), "it ranks all keys"
+    )
+    (before,), (after,) = groups(boards(patterns())), groups(boards(data))
+    cells = [g.table.set_index("attention").loc["short_conv"] for g in (before, after)]
+    assert cells[1]["cells"] == cells[0]["cells"] - 1
+    assert cells[1]["score_causal self"] == cells[0]["score_causal self"]
+    data.runs["leaks"] = data.runs["leaks"].mask(data.runs["attention"] == "uniform", "it ranks all keys")
+    assert "uniform" in before.reference and "uniform" not in groups(boards(data))[0].reference
+
+
 def test_z_and_index_follow_from_the_scores_of_the_reference_set(group):
     parts = []
     for column in group.columns:

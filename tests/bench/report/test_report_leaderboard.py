@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from synthetic import MECHANISMS, RATES, frames, run, score_rows
 
+from bench.report import markdown, wording
 from bench.report.frames import Frames
 from bench.report.leaderboard import Key, boards, folder_names
 
@@ -46,6 +47,31 @@ def test_means_are_of_test_at_the_rate_that_is_best_on_valid():
     assert row(board, "softmax")["learning_rate"] == 0.03
     assert row(board, "softmax")["test_mean"] == pytest.approx(0.47)
     assert row(board, "softmax")["valid_mean"] == pytest.approx(0.03)
+
+
+def test_a_row_that_looks_ahead_has_its_numbers_and_no_rank():
+    names = ("softmax", "based", "none")
+    data = frames(names, trouble=False)
+    whole, (before,) = data.runs["attention"] == "softmax", boards(data)
+    data.runs.loc[whole, "leaks"] = "the order of queries depends on later ones"
+    (board,) = boards(data)
+    assert before.ranked == [*names] and board.ranked == ["based", "none"]
+    assert board.table["attention"].tolist() == ["based", "none", "softmax"]
+    softmax = row(board, "softmax")
+    assert softmax["test_mean"] == row(before, "softmax")["test_mean"]
+    assert wording.rank(softmax) == "–"
+    assert wording.note(softmax) == "not ranked, looks ahead: the order of queries depends on later ones"
+    assert row(board, "based")["rank_best"] == 1
+    text = markdown.page(board, {})
+    assert "looks ahead" in text and "## Runs without a result" not in text
+
+
+def test_a_busy_machine_is_said_beside_the_times():
+    data = frames(("softmax", "none"), trouble=False)
+    assert not [line for line in wording.warnings(boards(data)[0]) if "other work" in line]
+    data.runs.loc[data.runs["seed"] == 1, "load"] = 2.5
+    (line,) = [line for line in wording.warnings(boards(data)[0]) if "other work" in line]
+    assert line.startswith("The machine did other work beside 6 of 18 runs (load per core up to 2.5): times are not")
 
 
 def test_a_failed_seed_is_shown_counted_as_unsolved_and_never_ranked_above(board):
