@@ -62,7 +62,7 @@ def _entry(row: Mapping[str, str], homes: Mapping[str, Path], files: Mapping[str
     leaks = any(source.literal(source.resolve(target), "leaks", None) for target in source.targets(config))
     papers = [paper.strip() for paper in row["paper"].split(",")]
     links = [f"[{p}](https://{p.replace('arXiv:', 'arxiv.org/abs/')})" if "." in p else p for p in papers]
-    own_tests = tests_of(home)
+    own_tests = oracle_tests(home)
     links += [f"[{word}]({_link(path)})" for word, path in {"code": home, "YAML": files[name]}.items()]
     links += [f"[{'test' if len(own_tests) == 1 else test.stem}]({_link(test)})" for test in own_tests]
     presets = [f"`{other}`" for other in sorted(homes) if homes[other] == home and other != name]
@@ -112,7 +112,7 @@ def _scores(board: Path) -> dict[str, dict[str, str]]:
         return {row["attention"]: row for row in csv.DictReader(file)}
 
 
-def tests_of(home: Path) -> list[Path]:
+def oracle_tests(home: Path) -> list[Path]:
     """The tests of a mechanism: the file of its name, or those of its family that import its module."""
     folder = ROOT / "tests" / home.parent.relative_to(ROOT)
     if (own := folder / f"test_{home.stem}.py").exists():

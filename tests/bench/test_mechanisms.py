@@ -8,7 +8,7 @@ import pytest
 
 from bench import mechanisms
 from bench.config import ROOT, options
-from bench.mechanisms import NOT_MEASURED, found, page, tests_of
+from bench.mechanisms import NOT_MEASURED, found, page, oracle_tests
 
 
 def test_the_committed_page_is_the_one_that_the_command_makes(tmp_path):
@@ -43,5 +43,5 @@ def test_a_row_says_what_the_boards_say_and_no_more():
 
 
 @pytest.mark.parametrize(("home", "expected"), [("dense/softmax", ["test_softmax"]), ("hybrid", ["test_hybrid"])])
-def test_the_tests_of_a_mechanism_are_those_of_its_file(home, expected):
-    assert [path.stem for path in tests_of(ROOT / "attentions" / f"{home}.py")] == expected
+def test_the_oracle_tests_a_mechanism_are_those_of_its_file(home, expected):
+    assert [path.stem for path in oracle_tests(ROOT / "attentions" / f"{home}.py")] == expected
