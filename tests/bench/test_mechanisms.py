@@ -8,7 +8,7 @@ import pytest
 
 from bench import mechanisms
 from bench.config import ROOT, options
-from bench.mechanisms import NOT_MEASURED, found, page, oracle_tests
+from bench.mechanisms import NOT_MEASURED, found, oracle_tests, page
 
 
 def test_the_committed_page_is_the_one_that_the_command_makes(tmp_path):
