@@ -16,7 +16,7 @@ def silu(x):
 
 def recurrence(layer, xs, seen):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t over a list of inputs; (u_t, C_t, C_t h_t + D u_t) and the last h."""
-    inner, rank = layer.D.shape[0], layer.dt_weight.shape[1]
+    inner, rank = layer.ssm.D.shape[0], layer.ssm.dt_weight.shape[1]
     inputs = [s * (layer.in_proj.weight[:inner] @ x) for x, s in zip(xs, seen, strict=True)]
     h = torch.zeros(inner, N, dtype=torch.float64)
     outputs = []
@@ -26,19 +26,19 @@ def recurrence(layer, xs, seen):
             if t + i - CONV + 1 >= 0:
                 total = total + layer.conv.weight[:, i] * inputs[t + i - CONV + 1]
         u = silu(total)
-        low, b, c = (layer.x_proj.weight @ u).split([rank, N, N])
-        dt = torch.log1p(torch.exp(layer.dt_weight @ low + layer.dt_bias))
+        low, b, c = (layer.ssm.x_proj.weight @ u).split([rank, N, N])
+        dt = torch.log1p(torch.exp(layer.ssm.dt_weight @ low + layer.ssm.dt_bias))
         if seen[t]:
             columns = []
             for n in range(N):
-                columns.append(torch.exp(-dt * layer.A_log[:, n].exp()) * h[:, n] + dt * b[n] * u)
+                columns.append(torch.exp(-dt * layer.ssm.A_log[:, n].exp()) * h[:, n] + dt * b[n] * u)
             h = torch.stack(columns, dim=1)
-        outputs.append((u, c, h @ c + layer.D * u))
+        outputs.append((u, c, h @ c + layer.ssm.D * u))
     return outputs, h
 
 
 def naive(layer, x, causal=True, context=None, key_mask=None):
-    inner = layer.D.shape[0]
+    inner = layer.ssm.D.shape[0]
     rows = []
     for b in range(B):
         source = x[b] if context is None else context[b]
@@ -46,7 +46,7 @@ def naive(layer, x, causal=True, context=None, key_mask=None):
         if context is not None:
             _, h = recurrence(layer, list(source), seen)
             queries, _ = recurrence(layer, list(x[b]), [1.0] * T)
-            ys = [h @ c + layer.D * u for u, c, _ in queries]
+            ys = [h @ c + layer.ssm.D * u for u, c, _ in queries]
         else:
             ys = [y for _, _, y in recurrence(layer, list(source), seen)[0]]
             if not causal:
@@ -132,15 +132,15 @@ def test_defaults_and_initialisation_are_published():
         "in_proj.weight": (256, 64),
         "conv.weight": (128, 4),
         "conv.bias": (128,),
-        "x_proj.weight": (4 + 16 + 16, 128),
-        "dt_weight": (128, 4),
-        "dt_bias": (128,),
-        "A_log": (128, 16),
-        "D": (128,),
+        "ssm.x_proj.weight": (4 + 16 + 16, 128),
+        "ssm.dt_weight": (128, 4),
+        "ssm.dt_bias": (128,),
+        "ssm.A_log": (128, 16),
+        "ssm.D": (128,),
         "out_proj.weight": (64, 128),
     }
-    torch.testing.assert_close(layer.A_log.exp(), torch.arange(1.0, 17).expand(128, -1))
-    dt = torch.nn.functional.softplus(layer.dt_bias)
+    torch.testing.assert_close(layer.ssm.A_log.exp(), torch.arange(1.0, 17).expand(128, -1))
+    dt = torch.nn.functional.softplus(layer.ssm.dt_bias)
     assert 0.999e-3 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 0.101  # log-uniform: both ends are reached
 
 
