@@ -41,7 +41,7 @@ class TensorAttentionLowRank(ThirdOrder):
         bound: root mean square of every q, k1 and k2.
 
     Source: Alman and Song 2023, https://arxiv.org/abs/2310.04064, whose abstract has the problem and the condition that
-    entries stay below the cube root of log n; this algorithm is read in summary and not confirmed from the paper's text.
+    entries stay below the cube root of log n; this algorithm is read in summary, not confirmed from the paper's text.
     Differs: it has no code and no layer, so normalised entries, even degrees, and the causal, masked and cross forms
     are ours.
     """
