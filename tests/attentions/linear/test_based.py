@@ -35,18 +35,36 @@ def naive(layer, x, source, causal, key_mask=None):
 
 
 @pytest.mark.parametrize("feature_dim", [1, 2, 7, 16])
-def test_packed_features_equal_the_full_taylor_features(feature_dim, make_layer):
-    layer = make_layer(Based, feature_dim=feature_dim)
+def test_packed_and_full_features_are_the_taylor_features(feature_dim, make_layer):
+    packed, full = (make_layer(Based, feature_dim=feature_dim, features=form) for form in ("packed", "full"))
     q, k = torch.randn(2, 11, feature_dim, dtype=torch.float64)
 
-    def full(x):  # 1, x, vec(x x^T) / sqrt(2), each at its power of f
+    def taylor(x):  # 1, x, vec(x x^T) / sqrt(2), each at its power of f
         square = torch.einsum("ti,tj->tij", x, x).flatten(1) / math.sqrt(2 * feature_dim)
         return torch.cat([torch.ones(11, 1, dtype=x.dtype), x / feature_dim**0.25, square], dim=-1)
 
-    packed = layer.features(q) @ layer.features(k).T
-    torch.testing.assert_close(packed, full(q) @ full(k).T, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(packed, layer.score(q @ k.T), rtol=1e-12, atol=1e-12)
-    assert layer.features(q).shape[-1] == 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+    want = taylor(q) @ taylor(k).T
+    torch.testing.assert_close(full.features(q), taylor(q), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(packed.features(q) @ packed.features(k).T, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(packed.score(q @ k.T), want, rtol=1e-12, atol=1e-12)
+    assert want.min() >= 0.5, "the series has no zero, so its sum needs no eps"
+    widths = [layer.features(q).shape[-1] for layer in (packed, full)]
+    assert widths == [1 + feature_dim + feature_dim * (feature_dim + 1) // 2, 1 + feature_dim + feature_dim**2]
+
+
+@pytest.mark.parametrize(("causal", "cross"), [(True, False), (False, False), (True, True), (False, True)])
+def test_packed_and_full_features_give_one_layer(causal, cross, make_layer, agree):
+    packed, full = (
+        make_layer(Based, feature_dim=5, features=form, causal=causal, cross=cross, num_kv_heads=2)
+        for form in ("packed", "full")
+    )
+    for layer in (packed, full):
+        layer.chunk_size = 4
+    x, *context = torch.randn(1 + cross, B, 13, M, dtype=torch.float64)
+    agree(lambda: full(x, *context), lambda: packed(x, *context), [x, *context])
+    prompts = [layer.prefill(x[:, :9], *context)[1] for layer in (packed, full)]
+    steps = [layer.step(x[:, 9:10], state)[0] for layer, state in zip((packed, full), prompts, strict=True)]
+    torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("num_kv_heads", [6, 2])
@@ -72,15 +90,34 @@ def test_cross_attention_reads_the_whole_context(causal, make_layer, agree):
     agree(lambda: layer(x, context), lambda: naive(layer, x, context, causal=False), [x, context, *layer.parameters()])
 
 
-def test_small_scores_approach_softmax_attention(make_layer):
+def test_the_error_against_softmax_falls_with_the_third_power_of_the_scores(make_layer):
     layer = make_layer(Based, feature_dim=5)
-    q, k = 0.03 * torch.randn(2, B, 37, H, 5, dtype=torch.float64)
+    q, k = torch.randn(2, B, 37, H, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     v = torch.randn(B, 37, H, 10, dtype=torch.float64)
-    heads = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-    # |s| < 0.01, and the series errs by s^3 / 6
-    torch.testing.assert_close(layer.attend(q, k, v), heads.transpose(1, 2), rtol=0, atol=1e-6)
+
+    def error(scale):
+        small, keys, values = (x.transpose(1, 2) for x in (scale * q, k, v))
+        want = F.scaled_dot_product_attention(small, keys, values, is_causal=True).transpose(1, 2)
+        return float((layer.attend(scale * q, k, v) - want).abs().max())
+
+    # |s| < 0.1: the series errs by s^3 / 6, and half the scores leave an eighth of that
+    assert error(0.02) < 1e-4
+    assert error(0.02) / error(0.01) == pytest.approx(8, rel=0.05)
 
 
-def test_the_state_is_the_packed_features_times_values_and_normaliser(make_layer):
-    state = make_layer(Based).float().init_state(B)
-    assert state.nbytes == B * H * 153 * (10 + 1) * 4
+@pytest.mark.parametrize(("features", "width"), [("packed", 153), ("full", 273)])
+def test_the_state_is_the_features_times_values_and_normaliser(features, width, make_layer):
+    layer = make_layer(Based, features=features).float()
+    assert layer.init_state(B).nbytes == B * layer.state_bytes(37) == B * H * width * (10 + 1) * 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (dict(features="symmetric"), "features must be one of packed, full, got symmetric"),
+        (dict(feature_dim=0), "feature_dim must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_valid_ones(setting, message, make_layer):
+    with pytest.raises(ValueError, match=message):
+        make_layer(Based, **setting)
