@@ -1,0 +1,171 @@
+"""Titans LMM: the neural memory alone as a token mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attentions.base import LayerSpec, Pattern, QKVAttention, State
+from attentions.linear._neural_memory import NeuralState, learn, predict
+from attentions.linear._recurrence import masked, wide
+from attentions.ssm._convolution import DepthwiseConv
+
+RATES = 0.1, 0.01, 0.5  # theta, alpha and eta to begin with: ours; at theta 0.5 descent on a chunk of random keys overshoots
+
+
+@dataclass(kw_only=True)
+class LMMState(NeuralState):
+    """The memory, and the last conv_size - 1 inputs [B, conv_size - 1, M] of the queries' stream."""
+
+    tail: Tensor
+
+
+class TitansLMM(QKVAttention):
+    """A small network per head learns keys -> values by gradient descent with momentum and forgetting, and is read.
+
+    Step theta, momentum eta and forgetting alpha are sigmoids of linear maps of the input, one per position and head.
+    q, k and v pass a short causal convolution and SiLU; q and k are then set to unit length. The output has an RMS norm
+    per head and a sigmoid gate. Grouped heads share a network. 5 M^2 parameters and small ones.
+
+    Noncausal: it learns from either end with the same weights, and what the two read is averaged. Cross: it learns from
+    the context, in order, and every query reads the network after the last position.
+
+    Args:
+        depth: layers of the network, 1 for a matrix; D x D each, where they start is learned.
+        momentum: whether a surprise outlives its position; False: eta = 0, gradient descent with weight decay.
+        chunk_size: positions whose gradients are taken at the same weights.
+        conv_size: kernel of the short convolutions, in positions.
+
+    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, sections 3.1, 3.2 and 4.4. There is no official code.
+    Differs: the paper has one network over all channels, and gives no chunk size, kernel, width, activation, start or
+    initial rates of it; ours is one per head, its hidden layers are SiLU and drawn into the unit ball (else gradient
+    descent on them explodes), its last layer starts at zero. Rotary positions, where the backbone asks for them, turn
+    the unit vectors. Noncausal and cross forms are ours.
+    """
+
+    patterns = Pattern.ALL
+    paper = "https://arxiv.org/abs/2501.00663"
+    complexity = "T chunk_size depth"
+
+    def __init__(
+        self, spec: LayerSpec, *, depth: int = 1, momentum: bool = True, chunk_size: int = 16, conv_size: int = 4
+    ):
+        super().__init__(spec)
+        for name, number in {"depth": depth, "chunk_size": chunk_size}.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        self.chunk_size, self.momentum = chunk_size, momentum
+        groups, width = spec.kv_heads, spec.head_dim
+        self.query_conv = DepthwiseConv(self.q_proj.out_features, conv_size)
+        self.conv = DepthwiseConv(self.k_proj.out_features + self.v_proj.out_features, conv_size)
+        self.rate_proj = nn.Linear(spec.dim, (2 + momentum) * groups, bias=False)
+        self.rate_bias = nn.Parameter(torch.tensor(RATES[: 2 + momentum]).logit().repeat_interleave(groups))
+        self.start = nn.ParameterList(torch.randn(groups, width, width) for _ in range(depth - 1))
+        self.start.append(torch.zeros(groups, width, width))
+        self.gate_proj = nn.Linear(spec.dim, spec.dim, bias=False)
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+
+    def query(self, x: Tensor, start: int = 0, tail: Tensor | None = None) -> Tensor:
+        """Queries [B, T, H, D]; `tail` [B, conv_size - 1, M] holds the inputs before x, None means there are none."""
+        q = _short([self.q_proj], self.query_conv, x, tail).unflatten(-1, (-1, self.key_dim))
+        return self._rotate(F.normalize(q, dim=-1), start)
+
+    def key_value(self, source: Tensor, start: int = 0, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, G, D]; `tail` as in `query`."""
+        both = _short([self.k_proj, self.v_proj], self.conv, source, tail).unflatten(-1, (-1, self.key_dim))
+        k, v = both.chunk(2, dim=2)
+        return self._rotate(F.normalize(k, dim=-1), start), v
+
+    def terms(self, source: Tensor) -> dict[str, Tensor]:
+        logits = wide(self.rate_proj(source)) + wide(self.rate_bias)
+        step, forget, *momentum = logits.split(self.spec.kv_heads, dim=-1)
+        terms = {"step": step.sigmoid(), "log_keep": F.logsigmoid(-forget)}
+        return {**terms, "log_momentum": F.logsigmoid(momentum[0])} if momentum else terms
+
+    def merge(self, x: Tensor, heads: Tensor) -> Tensor:
+        return self.out_proj(self.norm(heads.to(self.norm.weight.dtype)).flatten(2) * self.gate_proj(x).sigmoid())
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        source = masked(self._source(x, context), key_mask)
+        heads = self._heads(x if self.spec.cross else source, source, key_mask)
+        if self.spec.pattern == Pattern.NONCAUSAL_SELF:
+            source, mask = source.flip(1), None if key_mask is None else key_mask.flip(1)
+            heads = (heads + self._heads(source, source, mask).flip(1)) / 2
+        return self.merge(x, heads)
+
+    def _heads(self, x: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
+        return self.attend(self.query(x), *self.key_value(source), key_mask=key_mask, **self.terms(source))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> Tensor:
+        state = self.init_memory(k.shape[0], k)
+        if self.spec.cross:
+            return self.read(q, self.update(state, k, v, key_mask=key_mask, **terms))
+        return self.learn(state, k, v, q, key_mask=key_mask, **terms)[0]
+
+    def init_memory(self, batch_size: int, like: Tensor) -> LMMState:
+        weights = tuple(wide(start).expand(batch_size, -1, -1, -1).clone() for start in self.start)
+        return LMMState(
+            weights=weights,
+            start=weights,
+            surprise=tuple(torch.zeros_like(weight) for weight in weights) if self.momentum else (),
+            tail=like.new_zeros(batch_size, self.query_conv.kernel_size - 1, self.spec.dim),
+        )
+
+    def learn(
+        self, state: LMMState, k: Tensor, v: Tensor, q: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor
+    ) -> tuple[Tensor, LMMState]:
+        with torch.autocast(k.device.type, enabled=False):
+            return learn(state, k, v, q, key_mask=key_mask, chunk_size=self.chunk_size, **terms)
+
+    def update(self, state: State, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> State:
+        assert isinstance(state, LMMState)
+        state = self.learn(state, k, v, k[:, :0], key_mask=key_mask, **terms)[1]
+        return dataclasses.replace(state, start=(), surprise=()) if self.spec.cross else state
+
+    def read(self, q: Tensor, state: State) -> Tensor:
+        assert isinstance(state, LMMState)
+        with torch.autocast(q.device.type, enabled=False):
+            return predict(state.weights, q)
+
+    def init_state(self, batch_size: int, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> LMMState:
+        seen = None if context is None else masked(context, key_mask)
+        state = super().init_state(batch_size, seen, key_mask=key_mask)
+        assert isinstance(state, LMMState)
+        return state
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        assert isinstance(state, LMMState)
+        q, after = self.advance(x, state)
+        return self.merge(x, self.read(q, after)), after
+
+    def prefill(
+        self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        state = self.init_state(x.shape[0], context, key_mask=key_mask)
+        return self.forward(x, context, key_mask=key_mask), self.advance(x, state)[1]
+
+    def state_bytes(self, length: int) -> int:
+        copies = 1 if self.spec.cross else 2 + self.momentum
+        tail = (self.query_conv.kernel_size - 1) * self.spec.dim
+        return 4 * (copies * sum(start.numel() for start in self.start) + tail)
+
+    def advance(self, x: Tensor, state: LMMState, *, key_mask: Tensor | None = None) -> tuple[Tensor, LMMState]:
+        """The queries of x [B, T, M] and, in self-attention, the state after its positions; masked inputs are zeros."""
+        q = self.query(x, state.position, state.tail)
+        tail = torch.cat([state.tail, x], 1)[:, x.shape[1] :].clone()  # clone: a view would keep all inputs alive
+        if not self.spec.cross:
+            k, v = self.key_value(x, state.position, state.tail)
+            state = self.learn(state, k, v, k[:, :0], key_mask=key_mask, **self.terms(x))[1]
+        return q, dataclasses.replace(state, tail=tail)
+
+
+def _short(projections: Sequence[nn.Linear], conv: DepthwiseConv, x: Tensor, tail: Tensor | None) -> Tensor:
+    """SiLU of the causal convolution of projections of x, side by side; `tail`: the inputs before x."""
+    stream = x if tail is None else torch.cat([tail, x], 1)
+    raw = torch.cat([proj(stream) for proj in projections], -1)
+    return F.silu(conv(raw)[:, stream.shape[1] - x.shape[1] :])
