@@ -18,7 +18,7 @@ from bench.list import PATTERN_WORDS, attentions
 
 PAGE = ROOT / "docs" / "mechanisms.md"
 BOARDS = ROOT / "results" / "leaderboards"
-RECALL = {words: f"recall_{words.replace(' ', '_')}" for words in PATTERN_WORDS.values()}
+MQAR, RECALL = BOARDS / "mqar" / "leaderboard.csv", BOARDS / "patterns" / "index.csv"
 SHORT = {"noncausal self": "NS", "causal self": "CS", "noncausal cross": "NC", "causal cross": "CC"}
 COLUMNS = ["row", "what it is", "patterns", "presets of the same file", "sources", "MQAR", "four-pattern recall"]
 NOT_MEASURED = "not measured"
@@ -28,22 +28,22 @@ HEAD = """# Mechanisms
 Made by `python -m bench.mechanisms` from `conf/attention`, the source and the committed leaderboards; not to be edited.
 
 Patterns: NS noncausal self, CS causal self, NC noncausal cross, CC causal cross. The last two columns are what was
-found with `budget=small`: test accuracy on [MQAR]({mqar}) with its interval and rank, and the mean on four-pattern
-recall ({recall}); the conditions stand on those pages, and *{not_measured}* where no committed run says. A row marked ⚠
-looks ahead in its causal form, as published: it has no rank there, its strict twin has. Parameters and decode state:
-`python -m bench.list attentions`.
+found with `budget=small`: test accuracy on [MQAR]({mqar}) with its interval and rank, and the mean in each pattern of
+[four-pattern recall]({recall}); the conditions stand on those pages, and *{not_measured}* where no committed run says. A
+row marked ⚠ looks ahead in its causal form, as published: it has no rank there, its strict twin has. Parameters and
+decode state: `python -m bench.list attentions`.
 """
 
 
-def page(files: Mapping[str, Path], boards: Path = BOARDS) -> str:
-    """docs/mechanisms.md for the rows in `files`, with what the leaderboards in `boards` say of them."""
-    scores = {name: _scores(boards / name) for name in ("mqar", *RECALL.values())}
+def page(files: Mapping[str, Path], mqar: Path = MQAR, recall: Path = RECALL) -> str:
+    """docs/mechanisms.md for the rows in `files`, with what two leaderboards say of them."""
+    scores = _scores(mqar), _scores(recall)
     homes: dict[str, Path] = {}
     for name, path in files.items():
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         homes[name] = source.resolve(config["_target_"]).path
-    recall = ", ".join(f"[{SHORT[words]}]({_link(BOARDS / task)}/leaderboard.md)" for words, task in RECALL.items())
-    parts = [HEAD.format(mqar=f"{_link(BOARDS / 'mqar')}/leaderboard.md", recall=recall, not_measured=NOT_MEASURED)]
+    links = (_link(path.with_suffix(".md")) for path in (MQAR, RECALL))
+    parts = [HEAD.format(**dict(zip(("mqar", "recall"), links, strict=True)), not_measured=NOT_MEASURED)]
     rows = sorted(
         attentions(dict(files), []), key=lambda row: (row["family"], homes[row["attention"]], row["attention"])
     )
@@ -66,7 +66,7 @@ def _entry(row: Mapping[str, str], homes: Mapping[str, Path], files: Mapping[str
     links += [f"[{word}]({_link(path)})" for word, path in {"code": home, "YAML": files[name]}.items()]
     links += [f"[{'test' if len(own_tests) == 1 else test.stem}]({_link(test)})" for test in own_tests]
     presets = [f"`{other}`" for other in sorted(homes) if homes[other] == home and other != name]
-    mqar, recall = found(name, scores)
+    mqar, recall = found(name, *scores)
     patterns = " ".join(short for words, short in SHORT.items() if row[words] == "yes")
     return [
         f"**{name}**{' ⚠' if leaks else ''}",
@@ -79,10 +79,12 @@ def _entry(row: Mapping[str, str], homes: Mapping[str, Path], files: Mapping[str
     ]
 
 
-def found(name: str, scores: Mapping[str, Mapping[str, Mapping[str, str]]]) -> tuple[str, str]:
-    """What the leaderboards say of a mechanism: on MQAR, on recall."""
-    parts = [f"{SHORT[words]} {_mean(scores[task][name])}" for words, task in RECALL.items() if name in scores[task]]
-    return _result(scores["mqar"].get(name)), ", ".join(parts) or NOT_MEASURED
+def found(name: str, mqar: Mapping[str, Mapping[str, str]], recall: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
+    """What the leaderboards say of a mechanism: on MQAR, on recall by pattern."""
+    row = recall.get(name, {})
+    scores = {short: row.get(f"score_{words.replace(' ', '_')}") for words, short in SHORT.items()}
+    parts = [f"{short} {float(score):.3f}" for short, score in scores.items() if score]
+    return _result(mqar.get(name)), ", ".join(parts) or NOT_MEASURED
 
 
 def _result(row: Mapping[str, str] | None) -> str:
@@ -90,7 +92,7 @@ def _result(row: Mapping[str, str] | None) -> str:
         return NOT_MEASURED
     if not row["test_mean"]:
         return f"{row['status']} ({row['reason']})"
-    text = _mean(row)
+    text = f"{float(row['test_mean']):.3f}"
     if row["test_low"]:
         text += f" [{float(row['test_low']):.3f}, {float(row['test_high']):.3f}]"
     if row["rank_best"]:
@@ -99,13 +101,8 @@ def _result(row: Mapping[str, str] | None) -> str:
     return text
 
 
-def _mean(row: Mapping[str, str]) -> str:
-    return f"{float(row['test_mean']):.3f}" if row["test_mean"] else row["status"]
-
-
-def _scores(board: Path) -> dict[str, dict[str, str]]:
+def _scores(path: Path) -> dict[str, dict[str, str]]:
     """Rows of a committed leaderboard by mechanism; none where there is no board."""
-    path = board / "leaderboard.csv"
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:

@@ -12,14 +12,12 @@ from bench.mechanisms import NOT_MEASURED, found, oracle_tests, page
 
 
 def test_the_committed_page_is_the_one_that_the_command_makes(tmp_path):
-    boards = tmp_path / "boards"  # of the commit: a user's own runs replace those in the working tree
-    for name in ("mqar", *mechanisms.RECALL.values()):
-        path = f"results/leaderboards/{name}/leaderboard.csv"
-        show = ["git", "-C", str(ROOT), "show", f"HEAD:{path}"]
-        done = subprocess.run(show, capture_output=True, text=True, timeout=60)
-        (boards / name).mkdir(parents=True)
-        (boards / name / "leaderboard.csv").write_text(done.stdout or (ROOT / path).read_text())
-    made = [page(options("attention"), folder) for folder in (boards, mechanisms.BOARDS)]
+    boards = []
+    for path in (mechanisms.MQAR, mechanisms.RECALL):  # of the commit: a user's own runs replace those in the tree
+        show = ["git", "-C", str(ROOT), "show", f"HEAD:{path.relative_to(ROOT)}"]
+        boards.append(tmp_path / path.parent.name)
+        boards[-1].write_text(subprocess.run(show, capture_output=True, text=True, timeout=60, check=True).stdout)
+    made = [page(options("attention"), *boards), page(options("attention"))]
     assert mechanisms.PAGE.read_text() in made, "type python -m bench.mechanisms"
 
 
@@ -32,14 +30,13 @@ def test_every_row_is_on_the_page_once_and_has_a_test():
 
 def test_a_row_says_what_the_boards_say_and_no_more():
     row = {"test_mean": "0.98765", "test_low": "0.9701", "test_high": "1.0", "rank_best": "2", "rank_worst": "4"}
-    scores = {"mqar": {"based": row}, **{task: {} for task in mechanisms.RECALL.values()}}
-    scores["recall_causal_self"]["based"] = {**row, "test_mean": "0.5"}
-    assert found("based", scores) == ("0.988 [0.970, 1.000], rank 2–4", "CS 0.500")
+    mqar, recall = {"based": row}, {"based": {"score_causal_self": "0.5", "score_noncausal_cross": ""}}
+    assert found("based", mqar, recall) == ("0.988 [0.970, 1.000], rank 2–4", "CS 0.500")
     row.update(rank_best="", rank_worst="")  # it looks ahead
-    assert found("based", scores)[0] == "0.988 [0.970, 1.000]"
+    assert found("based", mqar, {})[0] == "0.988 [0.970, 1.000]"
     row.update(test_mean="", status="error", reason="no such thing")
-    assert found("based", scores)[0] == "error (no such thing)"
-    assert found("linear", scores) == (NOT_MEASURED, NOT_MEASURED)
+    assert found("based", mqar, {})[0] == "error (no such thing)"
+    assert found("linear", mqar, recall) == (NOT_MEASURED, NOT_MEASURED)
 
 
 @pytest.mark.parametrize(("home", "expected"), [("dense/softmax", ["test_softmax"]), ("hybrid", ["test_hybrid"])])
