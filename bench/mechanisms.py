@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from bench import atomic, errors, source
 from bench.config import ROOT, options
-from bench.list import PATTERN_WORDS, attentions
+from bench.list import attentions
 
 PAGE = ROOT / "docs" / "mechanisms.md"
 BOARDS = ROOT / "results" / "leaderboards"
@@ -29,8 +29,8 @@ Made by `python -m bench.mechanisms` from `conf/attention`, the source and the c
 
 Patterns: NS noncausal self, CS causal self, NC noncausal cross, CC causal cross. The last two columns are what was
 found with `budget=small`: test accuracy on [MQAR]({mqar}) with its interval and rank, and the mean in each pattern of
-[four-pattern recall]({recall}); the conditions stand on those pages, and *{not_measured}* where no committed run says. A
-row marked ⚠ looks ahead in its causal form, as published: it has no rank there, its strict twin has. Parameters and
+[four-pattern recall]({recall}); the conditions stand on those pages, and *{not_measured}* where no committed run says.
+A row marked ⚠ looks ahead in its causal form, as published: it has no rank there, its strict twin has. Parameters and
 decode state: `python -m bench.list attentions`.
 """
 
