@@ -100,7 +100,7 @@ def test_the_error_against_exact_tensor_attention_falls_with_the_degree(causal, 
 
 def test_weights_stay_positive_where_an_odd_series_would_not(make_layer):
     """At s = -2, the least that four channels allow: 1 - 2 + 2 = 1, where degree 3 gives -1/3."""
-    layer = make(make_layer)
+    layer = make(make_layer, bound=1.0)
     one = torch.tensor([2.0, 0, 0, 0]).expand(1, 1, H, K).double()
     s = [layer.monomials(x) * layer.monomials(one) for x in (one, -one)]
     c = torch.tensor(layer.coefficients, dtype=torch.float64)
