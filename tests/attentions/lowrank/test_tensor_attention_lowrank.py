@@ -71,7 +71,7 @@ def test_cross_attention_reads_all_pairs_of_the_context(causal, make_layer, agre
 @pytest.mark.parametrize(("key_dim", "degree"), [(1, 2), (2, 6), (4, 2), (5, 4)])
 def test_monomials_with_their_coefficients_give_the_series_of_exp(key_dim, degree):
     spec = LayerSpec(dim=6, num_heads=3, causal=True)
-    layer = TensorAttentionLowRank(spec, key_dim=key_dim, degree=degree).double()
+    layer = TensorAttentionLowRank(spec, key_dim=key_dim, degree=degree, bound=1.0).double()
     rank = math.comb(key_dim + degree, degree)
     assert len(layer.coefficients) == layer.monomials(torch.randn(key_dim)).shape[-1] == rank
     q, k1, k2 = torch.randn(3, 11, key_dim, dtype=torch.float64)
