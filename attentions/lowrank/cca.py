@@ -37,7 +37,8 @@ class CCA(Pooling):
     s >= T or g = 1 it is softmax attention.
 
     Noncausal: groups that meet the positions i - s / 2 ... i + s / 2 are read directly, the others as cores, the last
-    one too if it is short. Cross: every group of the context is a core, pooled by the query projection of the context.
+    one too if it is short; of windows, s >= 2 T is softmax attention. Cross: every group of the context is a core,
+    pooled by the query projection of the context.
 
     No parameters beside softmax attention's. Decoding keeps the cores of complete groups and s to s + g - 1 positions.
 
@@ -90,27 +91,31 @@ class CCA(Pooling):
                 heads = self._weights(scaled @ core_k.mT, seen[:, :, None]) @ core_v
                 return heads.transpose(1, 2).to(q.dtype)
 
-            # a query at place o of group n reads the groups n + first[o] ... n + last[o] directly
+            # blocks of queries of about a window, in whole groups; the groups first ... last of each place in a block,
+            # counted from the first group of the block, are read directly
             behind, ahead = (self.window - 1, 0) if self.spec.causal else (self.window // 2, self.window // 2)
-            place = torch.arange(size, device=q.device)[:, None]
+            count = seen.shape[2]
+            before, after = (min(-(-reach // size), count) for reach in (behind, ahead))
+            block = max(1, before) * size
+            place = torch.arange(block, device=q.device)[:, None]
             first, last = (place - behind) // size, (place + ahead) // size
-            before, after = min(-(-behind // size), seen.shape[2]) * size, min(-(-ahead // size), seen.shape[2]) * size
-            near_k, near_v = (tiles(self._heads(x), size, before, after) for x in (k, v))
-            ahead_of = torch.arange(-before, size + after, device=q.device)  # a key, of the group's first position
-            direct = (first <= ahead_of // size) & (ahead_of // size <= last)
-            group = torch.arange(seen.shape[2], device=q.device)
-            offset = (group - group[:, None])[:, None]  # [N, 1, N]
-            pooled = offset < first
+            around = block, before * size, after * size
+            near_k, near_v = (tiles(self._heads(x), *around) for x in (k, v))
+            key = torch.arange(-before * size, block + after * size, device=q.device)  # its place
+            direct = (first <= key // size) & (key // size <= last)
+            scaled = segments(scaled, block)
+            start = torch.arange(scaled.shape[2], device=q.device)[:, None, None] * (block // size)
+            group = torch.arange(count, device=q.device) - start
+            pooled = group < first
             if self.spec.causal:
-                direct = direct & (ahead_of <= place)
+                direct = direct & (key <= place)
             else:
-                pooled = pooled | (offset > last)
-            near_seen = tiles(known(k, key_mask)[..., None], size, before, after) & direct
+                pooled = pooled | (group > last)
+            near_seen = tiles(known(k, key_mask)[..., None], *around) & direct
             far_seen = seen[:, :, None, None] & pooled
-            scaled = segments(scaled, size)
             scores = torch.cat([scaled @ near_k, scaled @ core_k[:, :, None].mT], dim=-1)
             weights = self._weights(scores, torch.cat([near_seen, far_seen], dim=-1))
-            near, far = weights.split([near_k.shape[-1], len(group)], dim=-1)
+            near, far = weights.split([near_k.shape[-1], count], dim=-1)
             heads = (near @ near_v.mT + far @ core_v[:, :, None]).flatten(2, 3)[:, :, :length]
             return heads.transpose(1, 2).to(q.dtype)
 
