@@ -29,7 +29,7 @@ def outcome(output, inputs):
 
 
 def heads_over_ranks(group):
-    """All heads' outputs and gradients from a few heads per rank, for every pattern, with a bias, a mask and RoPE."""
+    """All heads' outputs and gradients from a few heads per rank, for every pattern, with a bias and a mask."""
     for causal, cross in ((True, False), (False, False), (False, True)):
         torch.manual_seed(0)
         spec = LayerSpec(dim=M, num_heads=H, num_kv_heads=G, causal=causal, cross=cross)
