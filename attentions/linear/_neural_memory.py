@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attentions.base import State
 from attentions.linear._recurrence import masked, wide
@@ -192,3 +192,20 @@ def _chunked(x: Tensor, front: int, size: int) -> Tensor:
 def _rows(x: Tensor, groups: int) -> Tensor:
     """[B, H, N, C, K] -> [B, G, N, H / G * C, K]: the query heads of a group one under the other."""
     return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
+
+
+class MemoryGate(nn.Module):
+    """An attention's output y gated by a memory's answer m, both [B, T, M]: norm(y) * SiLU(norm(m)).
+
+    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, section 4.2: both are normalised with learned
+    weights, and a non-linearity follows. Differs: the paper says neither which nor on what. SiLU of the memory, ours,
+    lets it change the sign and the size of y; a sigmoid can only fade it, and recalls less.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.memory_norm = nn.RMSNorm(dim, eps=1e-5)
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        return self.attention_norm(y) * F.silu(self.memory_norm(m))

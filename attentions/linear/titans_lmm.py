@@ -15,8 +15,6 @@ from attentions.linear._neural_memory import NeuralState, learn, predict
 from attentions.linear._recurrence import masked, wide
 from attentions.ssm._convolution import DepthwiseConv
 
-RATES = 0.1, 0.01, 0.5  # theta, alpha and eta to begin with: ours; at theta 0.5 descent on a chunk of random keys overshoots
-
 
 @dataclass(kw_only=True)
 class LMMState(NeuralState):
@@ -64,7 +62,9 @@ class TitansLMM(QKVAttention):
         self.query_conv = DepthwiseConv(self.q_proj.out_features, conv_size)
         self.conv = DepthwiseConv(self.k_proj.out_features + self.v_proj.out_features, conv_size)
         self.rate_proj = nn.Linear(spec.dim, (2 + momentum) * groups, bias=False)
-        self.rate_bias = nn.Parameter(torch.tensor(RATES[: 2 + momentum]).logit().repeat_interleave(groups))
+        # theta, alpha, eta to begin with: a chunk of equal keys must not overshoot
+        rates = torch.tensor([0.5 / chunk_size, 0.01, 0.5])[: 2 + momentum]
+        self.rate_bias = nn.Parameter(rates.logit().repeat_interleave(groups))
         self.start = nn.ParameterList(torch.randn(groups, width, width) for _ in range(depth - 1))
         self.start.append(torch.zeros(groups, width, width))
         self.gate_proj = nn.Linear(spec.dim, spec.dim, bias=False)

@@ -281,7 +281,7 @@ def test_decoding_goes_on_from_a_prompt_that_ends_anywhere_in_a_chunk(first, mak
 def test_what_it_starts_with_and_weighs():
     layer = TitansLMM(LayerSpec(dim=64, num_heads=2, causal=True))
     start = [rate.mean().item() for rate in layer.rate_bias.sigmoid().unflatten(0, (3, 2))]
-    assert start == pytest.approx([0.1, 0.01, 0.5]) and layer.start[-1].eq(0).all()
+    assert start == pytest.approx([0.5 / 16, 0.01, 0.5]) and layer.start[-1].eq(0).all()
     small = 4 * 3 * 64 + 3 * 2 * 64 + 3 * 2 + 2 * 32 * 32 + 32  # convolutions, rates, memory, norm
     assert sum(parameter.numel() for parameter in layer.parameters()) == 5 * 64**2 + small
     deep = TitansLMM(LayerSpec(dim=64, num_heads=2, causal=True), depth=2, momentum=False)
