@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attentions.base import Attention, LayerSpec, Pattern, State
@@ -30,8 +31,9 @@ class GAAM(Attention):
 
     Noncausal: time is cut in `num_heads` pieces of T // num_heads positions (the last takes the rest), each with its
     mean, unbiased variance, Gaussians and weights, which sum to 1. Causal, ours: one piece, mean and variance of the
-    positions up to t, w_t = g_t / sum_{s <= t} g_s with every g_s as it was at s, so the state is 3 M numbers. At the
-    last position the statistics equal the noncausal ones, but not the normaliser, whose earlier terms used the
+    positions up to t, w_t = g_t / sum_{s <= t} g_s with every g_s as it was at s, so the state is 3 M numbers. The
+    first position, whose variance is undefined, has variance 1: with 0, an offset of 1e-4 would take all its weight.
+    At the last position the statistics equal the noncausal ones, but not the normaliser, whose earlier terms used the
     statistics of their time. No token is compared with another: other positions enter through statistics alone, so
     recall is out of reach. 2 K num_heads parameters, no projections. A masked position counts nowhere.
 
@@ -41,10 +43,10 @@ class GAAM(Attention):
         combine: product, or sum (ours), see `Gaussians`.
 
     Source: Ioannides et al. 2024, https://arxiv.org/abs/2401.11143, with the authors' code where `norm_axis` is time
-    (equations not confirmed from the paper's text); the residual around it is the backbone's. Differs: c is learned as
-    its logarithm, where the code learns c itself from N(0, 1); the weights are normalised exactly, where the code
-    clamps their sum at 1e-8; padding is left out, where there it enters the statistics as zeros; a piece of one
-    position has variance 0, where there it is undefined; a piece may be empty.
+    (equations not confirmed from the paper's text); the residual around it is the backbone's. Differs: log c is
+    learned, where the code learns c, with the same start; the weights are normalised exactly, where the code clamps
+    their sum, which many Gaussians make small, at 1e-8; padding is left out, where there it enters the statistics as
+    zeros; a piece of one position has weight 1, where there it is undefined; a piece may be empty.
     """
 
     patterns = Pattern.SELF
@@ -87,13 +89,14 @@ class GAAM(Attention):
         x = wide(x).masked_fill(~seen, 0.0)
         log_weights = self._log_weights(x, x.cumsum(1), x.square().cumsum(1), seen.cumsum(1))
         log_weights = log_weights.masked_fill(~seen, LEAST)
-        return (log_weights - log_weights.logcumsumexp(1)).exp().masked_fill(~seen, 0.0)
+        before = F.pad(log_weights.logcumsumexp(1)[:, :-1], (0, 0, 1, 0), value=LEAST)  # of all earlier ones
+        return (log_weights - before).sigmoid().masked_fill(~seen, 0.0)  # g / (g + before), without cancellation
 
     def _log_weights(self, x: Tensor, total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
         """Of x, under the statistics of sums over `count` positions."""
         mean = total / count.clamp_min(1)
         variance = (squares - total * mean).clamp_min(0.0) / (count - 1).clamp_min(1)
-        return self.gaussians(x, mean, variance)
+        return self.gaussians(x, mean, variance.masked_fill(count < 2, 1.0))
 
     def init_state(self, batch_size: int, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> State:
         zeros = wide(self.gaussians.offset.new_zeros(batch_size, self.spec.dim))

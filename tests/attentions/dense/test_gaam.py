@@ -26,7 +26,7 @@ def density(layer, x, mean, variance, head):
     factors = []
     for offset, log_scale in zip(gaussians.offset[head], gaussians.log_scale[head], strict=True):
         c = torch.exp(log_scale)
-        y = (x - (mean + offset)) / torch.sqrt(variance + 1e-8)
+        y = (x - (mean + offset)) / (variance + 1e-8) ** 0.5
         factors.append(torch.exp(-(y**2) / (2 * c**2)) / torch.sqrt(2 * math.pi * c**2))
     return math.prod(factors) if gaussians.combine == "product" else sum(factors)
 
@@ -64,7 +64,7 @@ def running(layer, x, mask=None):
                 if mask is None or mask[b, t]:
                     numbers.append(x[b, t, c])
                     mean = sum(numbers) / len(numbers)
-                    variance = sum((y - mean) ** 2 for y in numbers) / max(1, len(numbers) - 1)
+                    variance = sum((y - mean) ** 2 for y in numbers) / (len(numbers) - 1) if numbers[1:] else 1.0
                     weight = density(layer, numbers[-1], mean, variance, 0)
                     norm = norm + weight
                     output[b, t, c] = numbers[-1] * weight / norm
@@ -97,9 +97,22 @@ def test_time_is_weighted_by_densities_around_its_mean(num_gaussians, combine, n
 @pytest.mark.parametrize(("num_gaussians", "combine"), FORMS)
 def test_causal_weights_come_from_running_statistics(num_gaussians, combine, mask, agree):
     layer, x = make(causal=True, num_gaussians=num_gaussians, combine=combine)
-    with torch.no_grad():  # offsets of a first position, whose variance is 1e-8, would underflow every density
-        layer.gaussians.offset.mul_(1e-4)
     agree(lambda: layer(x, key_mask=mask), lambda: running(layer, x, mask), [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.01, 0.3])
+def test_float32_gradients_of_running_weights_are_those_of_float64(offset):
+    """From the first position on, where a standardised offset has no spread to be measured by."""
+    layer, x = make(causal=True, num_gaussians=5)
+    with torch.no_grad():
+        layer.gaussians.offset.fill_(offset)
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        inputs = [x.to(dtype).requires_grad_(), *layer.to(dtype).parameters()]
+        gradients.append(torch.autograd.grad(layer(inputs[0]).square().sum(), inputs))
+    for wanted, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+        assert wanted.abs().max() < 1e3
 
 
 @pytest.mark.parametrize("causal", [True, False])
