@@ -85,7 +85,7 @@ def sequence_parallel(
     key_mask: Tensor | None = None,
     group: Group = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v for sequences whose consecutive pieces lie on consecutive ranks, of any lengths.
+    """softmax(q k^T / sqrt(K)) v for sequences whose consecutive pieces lie on consecutive ranks, none of them empty.
 
     Queries are gathered; every rank reads its own keys with all of them (causal: with those at or after its first key),
     and the ranks' results are merged: with m the largest score over all ranks, numerators and normalisers are scaled by

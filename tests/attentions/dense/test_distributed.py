@@ -13,7 +13,7 @@ from attentions.base import LayerSpec
 from attentions.dense.distributed import head_parallel, sequence_parallel
 from attentions.dense.softmax import Softmax
 
-B, T, S, M, H, G, D = 2, 13, 7, 60, 12, 6, 5
+B, T, S, M, H, G, D = 2, 13, 7, 120, 12, 6, 5
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 240
 
@@ -32,7 +32,7 @@ def heads_over_ranks(group):
     """All heads' outputs and gradients from a few heads per rank, for every pattern, with a bias and a mask."""
     for causal, cross in ((True, False), (False, False), (False, True)):
         torch.manual_seed(0)
-        spec = LayerSpec(dim=M, num_heads=H, num_kv_heads=G, causal=causal, cross=cross)
+        spec = LayerSpec(dim=M, num_heads=H, num_kv_heads=G, causal=causal, cross=cross, rotary_base=10000.0)
         layer = Softmax(spec, bias=True).double()
         inputs = [stream(T, 1).requires_grad_(), *([stream(S, 2).requires_grad_()] if cross else [])]
         mask = torch.rand(B, S if cross else T, generator=torch.Generator().manual_seed(4)) > 0.3
