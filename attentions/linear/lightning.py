@@ -34,12 +34,13 @@ class LightningAttention(Recurrent):
         schedule: chunk or tiled.
 
     Source: Qin et al. 2024, https://arxiv.org/abs/2405.17381, eqs. 1 to 8 and 10. Lightning-2 by that name is Qin et
-    al. 2024, https://arxiv.org/abs/2401.04658, Lightning-1 is Qin et al. 2023, https://arxiv.org/abs/2307.14995: that
-    these texts have these schedules is not confirmed from them. `repo` is the rule of the released TransNormerLLM
-    models, `fla` that of flash-linear-attention's operator, which also scales scores by 1 / sqrt(K) unless told not to.
-    Differs: eq. 10 does not say where h and l start; with L = 1 the repo's rule divides by zero, here l / (L - 1) is
-    then 0; with grouped heads H counts key-value heads; noncausal and cross forms are ours. Rotary positions of the
-    backbone turn q and k. The activation and the gate of the paper's layer are in the row `transnormer`.
+    al. 2024, https://arxiv.org/abs/2401.04658, eqs. 1 to 10 and algorithm 1; by its account Lightning-1, Qin et al.
+    2023, https://arxiv.org/abs/2307.14995, adds up blocks of scores at quadratic cost. `repo` is the rule of the
+    released TransNormerLLM models, `fla` that of flash-linear-attention's operator, which also scales scores by
+    1 / sqrt(K) unless told not to. Differs: eq. 10 does not say where h and l start; with L = 1 the repo's rule divides
+    by zero, here l / (L - 1) is then 0; with grouped heads H counts key-value heads; noncausal and cross forms are
+    ours. Rotary positions of the backbone turn q and k. The activation and the gate of the paper's layer are in the row
+    `transnormer`.
     """
 
     paper = "https://arxiv.org/abs/2401.04658"
