@@ -37,9 +37,9 @@ class Aaren(QKVAttention):
     equal weights; joined into one they would be the same mean everywhere. Cross-attention pools the context: every
     output is the same, whatever stands in the stream. 4 M^2 + M parameters. A position that sees no key reads zero.
 
-    Source: Feng et al. 2024, https://arxiv.org/abs/2405.13956; there is no official code. Differs: a model of theirs
-    has 512 parameters more than its Transformer, one vector of its width for all layers; here each layer owns one.
-    Which of the two the paper means, and where its residual connections stand, is not confirmed from its text. The
+    Source: Feng et al. 2024, https://arxiv.org/abs/2405.13956; there is no official code. Each layer owns its vector:
+    the reported 3,152,896 parameters are one Transformer layer of width 512, with an MLP of 2048, biases and two norms,
+    and one vector. Where residual connections stand is not confirmed from the paper's text. Differs: no biases; the
     noncausal form is ours. Rotary positions of the backbone do not enter: a query that turned with t would need all
     keys kept.
     """
