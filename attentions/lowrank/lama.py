@@ -80,9 +80,10 @@ class LAMA(Attention):
         num_heads: m, pooled vectors, at least 2.
 
     Source: Mehta et al. 2019, https://arxiv.org/abs/1912.00835, not confirmed from the paper's text: the affinity, c as
-    the mean token and tanh before the norm are read in summary, initial values in a third-party code, which has a
-    learned vector for c and no norm. Differs: the tokens are the layer's inputs, not a recurrent encoder's outputs;
-    gate, projection, causal and cross forms are ours.
+    the mean token and tanh before the norm are those of a third-party code, which names the paper's eq. 3.13 for them,
+    https://github.com/JohnGiorgi/compact-multi-head-self-attention-pytorch. Differs: an eps under the norm's root;
+    initial values are Xavier's, there uniform up to 1 / sqrt(m); the tokens are the layer's inputs, not a recurrent
+    encoder's outputs; gate, projection, causal and cross forms are ours.
     """
 
     patterns = Pattern.ALL
