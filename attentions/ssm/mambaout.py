@@ -116,7 +116,7 @@ class GatedMLP(MambaOut):
     Args:
         expansion: hidden width over M.
 
-    Source: as MambaOut; the block with the identity for a token mixer.
+    Source: as MambaOut; the block with a kernel of one position, a scale and a shift per channel, for a token mixer.
     """
 
     patterns = Pattern.SELF
