@@ -11,7 +11,8 @@ class ThirdOrder(QKVAttention):
     """Attention over pairs: query i scores (j, k) by s_ijk = (1/K) sum_c q_ic k1_jc k2_kc and reads v1_j * v2_k.
 
     k1 and v1 are the `k` and `v` of `QKVAttention`, k2 and v2 travel beside them as terms. Rotary positions turn q and
-    k1 alone: a product of three has no angle that is relative in all of them.
+    k1 alone: a product of three has no angle that is relative in all of them. Scores then depend on absolute positions,
+    too, unless k2 is equal in the two channels of a pair.
     """
 
     patterns = Pattern.ALL
