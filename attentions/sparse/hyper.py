@@ -42,7 +42,7 @@ class HyperAttention(Softmax):
 
     Which block: noncausal, queries are sorted by hash, too, and cut into as many blocks as there are of keys. Causal,
     the published way of doing so lets the place of a query depend on later ones; here a query reads the block that its
-    own hash falls into: the middle of the keys with its hash, or where they would be. Up to min_seq_len keys, exact.
+    own hash falls into: the middle of the keys with its hash, or where they would be. Short sequences are exact.
 
     Causal self-attention halves: the second half reads the first as above and both halves are causal attention again,
     down to min_seq_len = n positions, which are exact. Halves are those of n 2^l positions from the start, so that
