@@ -34,8 +34,8 @@ class S2Attention(QKVAttention):
     block behind the local ones that is on no stripe is dropped for good: the state is local + T / v positions per head.
     With v <= G the heads together read every block; with more, G of v residues.
 
-    Noncausal: local to both sides, and stripes relative to the query, j - i + g s = 0 mod v. Cross (ours): stripes over
-    the context's blocks alone; a head whose stripe lies behind a short context reads zero.
+    Noncausal (ours): local to both sides, and stripes relative to the query, j - i + g s = 0 mod v. Cross (ours):
+    stripes over the context's blocks alone; a head whose stripe lies behind a short context reads zero.
 
     Args:
         block_size: positions of a block.
@@ -49,7 +49,8 @@ class S2Attention(QKVAttention):
     https://github.com/linxihui/dkernel, with its names; the defaults are Phi-3-small's, every other layer of which is
     dense (here hybrid's business). The values of the paper's own models are not confirmed from its text.
     Differs: with grouped heads the code takes s from the number of query heads, which leaves more holes; the first
-    stripe has no offset.
+    stripe has no offset. The code's noncausal form counts blocks from the ends of the local ones, in all heads alike:
+    |i - j| - num_local_blocks + 1 = 0 mod v.
     """
 
     patterns = Pattern.ALL
