@@ -64,9 +64,10 @@ class HyperAttention(Softmax):
     Differs: the causal choice of a block. The code halves each length evenly, hence with other borders unless the
     length is min_seq_len 2^l; it shares samples in no heads, here a group of query heads has the same. In cross-
     attention it counts queries, not keys, for min_seq_len. Five quirks of the code are not followed: its hash takes
-    Gray's code for its inverse (consecutive buckets then differ in up to four signs); its path for CUDA counts samples
-    of the own block twice; keys that pad the last block are read; the bfloat16 path cuts the gradient of the
-    log-sum-exp; the place of a query depends on later ones. `HyperAttentionOfficial` has the first two and the last.
+    Gray's code for its inverse (consecutive buckets then differ in up to four signs); its paths for CUDA and
+    for float32 count samples of the own block twice; keys that pad the last block are read; the bfloat16 path cuts the
+    gradient of the log-sum-exp; the place of a query depends on later ones. `HyperAttentionOfficial` has the first two
+    and the last.
     """
 
     patterns = Pattern.ALL
