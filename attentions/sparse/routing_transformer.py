@@ -64,8 +64,10 @@ class RoutingTransformer(Attention):
     half of the heads local over blocks of 256).
     Differs: scores are divided by sqrt(K), where the code normalises after it scales, which undoes it; the mean over
     clusters is exact, the code divides by their number + 0.01; one running mean, the code keeps those of sums and
-    counts; its local heads read their own and the previous block and exist in cross-attention too; rotary positions
-    turn q and k after they are routed, the code has relative ones. Masked tokens join no cluster.
+    counts; where keys are queries it adds the commitment loss twice; its local heads read their own and the previous
+    block and exist in cross-attention too; it maps the output of each head by one more matrix, the same for all, which
+    out_proj contains here; rotary positions turn q and k after they are routed, the code has relative ones. Masked
+    tokens join no cluster.
     """
 
     patterns = Pattern.ALL
