@@ -1,5 +1,6 @@
-"""`python -m bench.mechanisms`: docs/mechanisms.md, what each mechanism is, where it stands and what it did, from YAML,
-source and the committed leaderboards.
+"""`python -m bench.mechanisms > docs/mechanisms.md`: what each mechanism is, where it stands and what it did.
+
+Made from YAML, source and the committed leaderboards.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bench import atomic, errors, source
+from bench import errors, source
 from bench.config import ROOT, options
 from bench.list import attentions
 
@@ -25,7 +26,7 @@ NOT_MEASURED = "not measured"
 
 HEAD = """# Mechanisms
 
-Made by `python -m bench.mechanisms` from `conf/attention`, the source and the committed leaderboards; not to be edited.
+Made by `python -m bench.mechanisms > docs/mechanisms.md` from `conf/attention`, the source and the committed leaderboards; not to be edited.
 
 Patterns: NS noncausal self, CS causal self, NC noncausal cross, CC causal cross. The last two columns are what was
 found with `budget=small`: test accuracy on [MQAR]({mqar}) with its interval and rank, and the mean in each pattern of
@@ -126,8 +127,7 @@ def _link(path: Path) -> str:
 
 
 def main() -> None:
-    atomic.replace(PAGE, page(options("attention")).encode())
-    print(PAGE.relative_to(ROOT))
+    print(page(options("attention")), end="")
 
 
 if __name__ == "__main__":

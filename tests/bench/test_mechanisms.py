@@ -18,7 +18,7 @@ def test_the_committed_page_is_the_one_that_the_command_makes(tmp_path):
         boards.append(tmp_path / path.parent.name)
         boards[-1].write_text(subprocess.run(show, capture_output=True, text=True, timeout=60, check=True).stdout)
     made = [page(options("attention"), *boards), page(options("attention"))]
-    assert mechanisms.PAGE.read_text() in made, "type python -m bench.mechanisms"
+    assert mechanisms.PAGE.read_text() in made, "type python -m bench.mechanisms > docs/mechanisms.md"
 
 
 def test_every_row_is_on_the_page_once_and_has_a_test():
