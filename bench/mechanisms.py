@@ -26,7 +26,8 @@ NOT_MEASURED = "not measured"
 
 HEAD = """# Mechanisms
 
-Made by `python -m bench.mechanisms > docs/mechanisms.md` from `conf/attention`, the source and the committed leaderboards; not to be edited.
+Made by `python -m bench.mechanisms > docs/mechanisms.md` from `conf/attention`, the source and the committed
+leaderboards; not to be edited.
 
 Patterns: NS noncausal self, CS causal self, NC noncausal cross, CC causal cross. The last two columns are what was
 found with `budget=small`: test accuracy on [MQAR]({mqar}) with its interval and rank, and the mean in each pattern of
