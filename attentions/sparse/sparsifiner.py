@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attentions.base import LayerSpec, Pattern, State, repeat_heads
 from attentions.dense.softmax import KVCache, Softmax
 from attentions.linear._recurrence import masked, wide
+from attentions.sparse._budget import largest_mask
 from attentions.sparse._selection import masked_softmax
 from attentions.sparse._teacher import dense_weights, visible_keys
 
@@ -151,11 +152,7 @@ class Sparsifiner(Softmax):
         rounding = 1e-9  # 0.28 * 25 is a little more than 7
         budget = (self.keep * visible.sum(-1, keepdim=True).double() - rounding).ceil().long().clamp_min(1)
         most = math.ceil(self.keep * visible.shape[-1] - rounding)
-        last = (budget - 1).expand(*scores.shape[:-1], 1)
-        least = scores.topk(most).values.gather(-1, last)
-        above, equal = scores > least, scores == least
-        first = equal.cumsum(-1, dtype=torch.int32) <= budget - above.sum(-1, keepdim=True)
-        return (above | equal & first) & visible
+        return largest_mask(scores, budget, most) & visible
 
     def init_memory(self, batch_size: int, like: Tensor) -> SketchCache:
         cache = super().init_memory(batch_size, like)
