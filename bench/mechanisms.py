@@ -112,14 +112,14 @@ def _scores(path: Path) -> dict[str, dict[str, str]]:
 
 
 def oracle_tests(home: Path) -> list[Path]:
-    """The tests of a mechanism: the file of its name, or those of its family that import its module."""
+    """The tests of a mechanism: the file of its name, else those of its family that import it, else all that do."""
+    every = ROOT / "tests" / "attentions"
     folder = ROOT / "tests" / home.parent.relative_to(ROOT)
     if (own := folder / f"test_{home.stem}.py").exists():
         return [own]
-    module = ".".join(home.relative_to(ROOT).with_suffix("").parts)
-    return [
-        path for path in sorted(folder.glob("test_*.py")) if f"from {module} import" in path.read_text(encoding="utf-8")
-    ]
+    line = f"from {'.'.join(home.relative_to(ROOT).with_suffix('').parts)} import"
+    found = [path for path in sorted(every.rglob("test_*.py")) if line in path.read_text(encoding="utf-8")]
+    return [path for path in found if path.parent == folder] or found
 
 
 def _link(path: Path) -> str:
