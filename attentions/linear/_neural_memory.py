@@ -195,17 +195,19 @@ def _rows(x: Tensor, groups: int) -> Tensor:
 
 
 class MemoryGate(nn.Module):
-    """An attention's output y gated by a memory's answer m, both [B, T, M]: norm(y) * SiLU(norm(m)).
+    """An attention's output y gated by a memory's answer m, both [B, T, M]: norm(y) * SiLU(norm(m) + b).
 
     Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, section 4.2: both are normalised with learned
     weights, and a non-linearity follows. Differs: the paper says neither which nor on what. SiLU of the memory, ours,
-    lets it change the sign and the size of y; a sigmoid can only fade it, and recalls less.
+    lets it change the sign and the size of y, where a sigmoid can only fade it and recalls less; b starts at one, so
+    that y passes by a memory that is still empty.
     """
 
     def __init__(self, dim: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
         self.memory_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.bias = nn.Parameter(torch.ones(dim))
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        return self.attention_norm(y) * F.silu(self.memory_norm(m))
+        return self.attention_norm(y) * F.silu(self.memory_norm(m) + self.bias)

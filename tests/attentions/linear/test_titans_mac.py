@@ -33,7 +33,7 @@ def gated(layer, y, m):
     def norm(z, weight):
         return z * (z.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
 
-    return norm(y, layer.gate.attention_norm.weight) * F.silu(norm(m, layer.gate.memory_norm.weight))
+    return norm(y, layer.gate.attention_norm.weight) * F.silu(norm(m, layer.gate.memory_norm.weight) + layer.gate.bias)
 
 
 def learned(memory, y, stop, mask):
@@ -161,10 +161,28 @@ def test_what_attends_gets_the_slot_of_its_inner_sequence():
     assert specs[1] == LayerSpec(dim=M, num_heads=H, causal=False, max_length=5)
 
 
+def test_attention_passes_by_a_memory_that_is_still_empty():
+    layer, x = MemoryAsContext(LayerSpec(dim=M, num_heads=H, causal=True)).double(), stream(11)
+    assert layer(x)[:, 0].abs().min() > 1e-6
+    torch.testing.assert_close(
+        layer(x)[:, :16], layer.gate.attention_norm(attended_all(layer, x)) * F.silu(torch.ones(()))
+    )
+
+
+def attended_all(layer, x):
+    inner = [*layer.persistent.double()]
+    rows = []
+    for b in range(B):
+        for t in range(x.shape[1]):
+            read = [z for u in range(t + 1) for z in (torch.zeros(M).double(), x[b, u])]
+            rows.append(attended(layer.mixer, x[b, t], inner + read))
+    return torch.stack(rows).reshape(x.shape)
+
+
 def test_its_parameters_are_those_of_its_parts():
     layer = MemoryAsContext(LayerSpec(dim=M, num_heads=H, causal=True), mixer=Softmax, num_persistent=5)
     parts = sum(p.numel() for part in (layer.memory, layer.mixer) for p in part.parameters())
-    assert sum(p.numel() for p in layer.parameters()) == parts + 5 * M + 2 * M
+    assert sum(p.numel() for p in layer.parameters()) == parts + 5 * M + 3 * M
     assert layer.memory.chunk_size == layer.segment == 16
 
 

@@ -47,7 +47,7 @@ def naive(layer, x, mask=None):
     if isinstance(layer, MemoryAsLayer):
         return windowed(layer.window, inner + remembered, 0, layer.spec.causal, visible)[:, P:]
     y = windowed(layer.window, inner, P, layer.spec.causal, visible)
-    gate = F.silu(norm(remembered, layer.gate.memory_norm.weight))
+    gate = F.silu(norm(remembered, layer.gate.memory_norm.weight) + layer.gate.bias)
     return (norm(y, layer.gate.attention_norm.weight) * gate)[:, P:]
 
 
