@@ -20,7 +20,8 @@ class ImpossibleCell(UserError):
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
     """The valid names closest to `name`, best first; never empty when `valid` is not."""
     valid = sorted(set(valid))
-    close = difflib.get_close_matches(name, valid, n=count, cutoff=0.6)
+    close = [other for other in valid if sorted(other) == sorted(name)]  # difflib overlooks swapped letters: 2s for s2
+    close += [other for other in difflib.get_close_matches(name, valid, n=count, cutoff=0.6) if other not in close]
     close += [other for other in valid if other not in close and (name in other or other in name)]
     return close[:count] or difflib.get_close_matches(name, valid, n=1, cutoff=0.0) or valid[:1]
 

@@ -49,10 +49,12 @@ class NeedlessConfession(Softmax):
 class ColumnByColumn(Softmax):
     """Orders the positions of an image by columns, where an image is read by rows."""
 
-    def visible(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        order = torch.arange(num_keys)
-        if self.spec.grid is not None:
-            order = order.view(self.spec.grid).mT.flatten().argsort()
+    patterns = Pattern.SELF
+
+    def visible(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+        if self.spec.grid is None or not self.spec.causal:
+            return None
+        order = torch.arange(num_keys).view(self.spec.grid).mT.flatten().argsort()
         return order[:, None] >= order
 
 
