@@ -23,7 +23,9 @@ def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
     close = [other for other in valid if sorted(other) == sorted(name)]  # difflib overlooks swapped letters: 2s for s2
     close += [other for other in difflib.get_close_matches(name, valid, n=count, cutoff=0.6) if other not in close]
     close += [other for other in valid if other not in close and (name in other or other in name)]
-    return close[:count] or difflib.get_close_matches(name, valid, n=1, cutoff=0.0) or valid[:1]
+    for most, cutoff in ((count, 0.5), (1, 0.0)):  # one wrong letter of two is a half
+        close = close or difflib.get_close_matches(name, valid, n=most, cutoff=cutoff)
+    return close[:count] or valid[:1]
 
 
 def unknown(kind: str, name: str, valid: Iterable[str], advice: str = "") -> UserError:
