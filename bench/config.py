@@ -297,21 +297,32 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: str | None =
 
 def _keys(overrides: Sequence[str], key: str, config_dir: str | None) -> list[str]:
     """All keys near `key`: the top level, and those of the chosen YAML when `key` is inside a group."""
-    from omegaconf import OmegaConf
-
     part = key.split(".")[0]
     if part not in PARTS:
         near = nearest(part, PARTS)[0] if "." in key else ""
         return _keys(overrides, f"{near}.{key.partition('.')[2]}", config_dir) if near else [*TOP]
     if part == "budget":
         return [f"budget.{f.name}" for f in fields(Budget)]
-    chosen = [o.partition("=")[2] for o in overrides if o.startswith(f"{part}=")] or [str(_default(part))]
+    chosen = [str(_default(part)), *_brought(overrides, part, config_dir)]
+    chosen += [o.partition("=")[2] for o in overrides if o.startswith(f"{part}=")]
     files = options(part, config_dir)
     names: list[str] = []
     for name in re.split(r"[,\s]+", chosen[-1]):
         if name in files:
             names += [f"{part}.{k}" for k in map(str, OmegaConf.load(files[name])) if not k.startswith("_")]
     return names or [part]
+
+
+def _brought(overrides: Sequence[str], part: str, config_dir: str | None) -> list[str]:
+    """The YAMLs of a group that a chosen suite or pattern brings."""
+    names = []
+    for group in ("suite", "pattern"):
+        files = options(group, config_dir)
+        for chosen in [o.partition("=")[2] for o in overrides if o.startswith(f"{group}=")]:
+            loaded: Any = OmegaConf.to_container(OmegaConf.load(files[chosen])) if chosen in files else {}
+            entries = [entry for entry in loaded.get("defaults", []) if isinstance(entry, dict)]
+            names += [str(entry[key]) for entry in entries for key in entry if key == f"override /{part}"]
+    return names
 
 
 def _default(part: str) -> str:

@@ -118,6 +118,13 @@ def test_one_slip_of_the_finger_finds_the_name_among_the_nearest_three(names):
     assert tried > 3 * len(names)
 
 
+def test_keys_are_looked_for_in_the_yaml_that_a_pattern_or_suite_brings():
+    for words, backbone in ((["pattern=causal_cross"], "encoder_decoder"), (["suite=hybrids"], "bare_decoder")):
+        with pytest.raises(UserError, match=r'unknown key "backbone\.num_encoder_layer"') as error:
+            compose([*words, "backbone.num_encoder_layer=3"])
+        assert ("nearest: backbone.num_encoder_layers" in str(error.value)) == (backbone == "encoder_decoder")
+
+
 def test_nearest_is_never_empty_and_at_most_three():
     assert nearest("qqqq", ["alpha", "beta"]) and len(nearest("a", ["aa", "ab", "ac", "ad"])) <= 3
     assert str(errors.unknown("thing", "x", [])) == 'unknown thing "x"'
