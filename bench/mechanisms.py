@@ -18,8 +18,8 @@ from bench.config import ROOT, options
 from bench.list import attentions
 
 PAGE = ROOT / "docs" / "mechanisms.md"
-BOARDS = ROOT / "results" / "leaderboards"
-MQAR, RECALL = BOARDS / "mqar" / "leaderboard.csv", BOARDS / "patterns" / "index.csv"
+MQAR = ROOT / "results" / "catalogue" / "leaderboards" / "mqar" / "leaderboard.csv"
+RECALL = ROOT / "results" / "leaderboards" / "patterns" / "index.csv"
 SHORT = {"noncausal self": "NS", "causal self": "CS", "noncausal cross": "NC", "causal cross": "CC"}
 COLUMNS = ["row", "what it is", "patterns", "presets of the same file", "sources", "MQAR", "four-pattern recall"]
 NOT_MEASURED = "not measured"
