@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,9 @@ class Tempered(Softmax):
 
     paper = "https://arxiv.org/abs/2411.12892"
 
+    @abstractmethod
     def sharpen(self, q: Tensor, count: Tensor) -> Tensor:
         """Queries [B, T, H, D] times their temperatures; count [B or 1, T or 1] of keys in sight."""
-        raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> Tensor:
         return super().attend(self.sharpen(q, self._count(k, key_mask)), k, v, key_mask=key_mask)

@@ -69,3 +69,8 @@ def share_out(weights: Tensor, size: int, stride: int, select_block: int, num_bl
 def any_in_block(mask: Tensor, size: int, stride: int) -> Tensor:
     """Whether a complete block of mask [B, S] holds a True: [B, N]."""
     return mask.unfold(1, size, stride).any(-1) if mask.shape[1] >= size else mask[:, :0]
+
+
+def in_blocks(x: Tensor, size: int) -> Tensor:
+    """[B, S, ...] -> [B, ceil(S / size), size, ...], zeros behind the end."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % size)).unflatten(1, (-1, size))

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attentions.base import LayerSpec, Pattern, State, repeat_heads
 from attentions.dense.softmax import KVCache, Softmax
+from attentions.sparse._compression import in_blocks
 from attentions.sparse._selection import Selection, largest, sparse_attention
 
 
@@ -73,7 +73,7 @@ class MoBA(Softmax):
                 if self.spec.causal:
                     gates = gates.masked_fill(block > own, -math.inf)
             if key_mask is not None:
-                gates = gates.masked_fill(~_blocks(key_mask, self.block_size).any(-1)[:, None, None], -math.inf)
+                gates = gates.masked_fill(~in_blocks(key_mask, self.block_size).any(-1)[:, None, None], -math.inf)
         causal = self.spec.pattern == Pattern.CAUSAL_SELF
         return Selection(largest(gates, self.top_k), self.block_size, causal=causal, start=start)
 
@@ -82,8 +82,8 @@ class MoBA(Softmax):
         wide = torch.promote_types(k.dtype, torch.float32)
         mask = k.new_ones(k.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
         with torch.no_grad():
-            total = _blocks(k.masked_fill(~mask[..., None, None], 0.0), self.block_size).sum(2, dtype=wide)
-            return total / _blocks(mask, self.block_size).sum(2).clamp_min(1)[..., None, None]
+            total = in_blocks(k.masked_fill(~mask[..., None, None], 0.0), self.block_size).sum(2, dtype=wide)
+            return total / in_blocks(mask, self.block_size).sum(2).clamp_min(1)[..., None, None]
 
     def init_memory(self, batch_size: int, like: Tensor) -> BlockCache:
         cache = super().init_memory(batch_size, like)
@@ -108,9 +108,3 @@ class MoBA(Softmax):
         assert isinstance(state, BlockCache)
         selection = self.select(q, state.means, state.mask, start=state.position - q.shape[1])
         return sparse_attention(q, state.k, state.v, selection, key_mask=state.mask)
-
-
-def _blocks(x: Tensor, size: int) -> Tensor:
-    """[B, S, ...] -> [B, ceil(S / size), size, ...], zeros behind the end."""
-    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % size))
-    return x.unflatten(1, (-1, size))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attentions.base import LayerSpec, Pattern, State, repeat_heads, rotary
 from attentions.dense.softmax import KVCache, Softmax
 from attentions.linear._recurrence import wide
+from attentions.sparse._compression import in_blocks
 from attentions.sparse._selection import Selection, chosen, largest, sparse_attention
 from attentions.sparse._teacher import dense_weights, visible_keys
 
@@ -137,8 +138,8 @@ class SeerAttention(Softmax):
         """k_g [B, N, G or H, gate_dim] of keys before rotation [B, S, G, K] from position `start` on."""
         with torch.autocast(k.device.type, enabled=False):
             mask = k.new_ones(k.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
-            hidden = ~_blocks(mask, self.block_size)[..., None, None]
-            blocks = _blocks(wide(k.detach()), self.block_size)
+            hidden = ~in_blocks(mask, self.block_size)[..., None, None]
+            blocks = in_blocks(wide(k.detach()), self.block_size)
             parts = (
                 blocks.masked_fill(hidden, -math.inf).amax(2),
                 blocks.masked_fill(hidden, math.inf).amin(2),
@@ -154,8 +155,8 @@ class SeerAttention(Softmax):
             q = wide(q.detach())
             if self.pooled:
                 mask = q.new_ones(q.shape[:2], dtype=torch.bool) if query_mask is None else query_mask
-                total = _blocks(q.masked_fill(~mask[..., None, None], 0.0), self.block_size).sum(2)
-                q = total / _blocks(mask, self.block_size).sum(2).clamp_min(1)[..., None, None]
+                total = in_blocks(q.masked_fill(~mask[..., None, None], 0.0), self.block_size).sum(2)
+                q = total / in_blocks(mask, self.block_size).sum(2).clamp_min(1)[..., None, None]
             if self.gate_q is not None:
                 q = _per_head(q.unflatten(2, (self.gate_q.shape[0], -1)).flatten(3), self.gate_q)
             q = self._turn(q, start, self.block_size if self.pooled else 1)
@@ -172,7 +173,7 @@ class SeerAttention(Softmax):
         if self.spec.causal and not self.spec.cross:
             candidates = candidates & (behind >= (0 if self.pooled else 1))
         if key_mask is not None:
-            candidates = candidates & _blocks(key_mask, self.block_size).any(-1)[:, None, None]
+            candidates = candidates & in_blocks(key_mask, self.block_size).any(-1)[:, None, None]
         return candidates, own
 
     def _select(self, logits: Tensor, candidates: Tensor, own: Tensor, start: int = 0) -> Selection:
@@ -195,7 +196,7 @@ class SeerAttention(Softmax):
         counted = candidates.any(-1)
         if not self.spec.cross:
             if key_mask is not None:
-                rows = _blocks(key_mask, self.block_size).any(-1) if self.pooled else key_mask
+                rows = in_blocks(key_mask, self.block_size).any(-1) if self.pooled else key_mask
                 counted = counted & rows[:, None]
             if self.spec.causal:
                 counted = counted & (torch.arange(logits.shape[2], device=q.device) >= logits.shape[2] // 4)
@@ -211,7 +212,7 @@ class SeerAttention(Softmax):
         weights = dense_weights(q, k, visible).unflatten(1, (count, -1)).amax(2)
         weights = F.pad(weights, (0, -weights.shape[-1] % self.block_size)).unflatten(-1, (-1, self.block_size))
         weights = weights.amax(-1)
-        return _blocks(weights.transpose(1, 2), self.block_size).amax(2).transpose(1, 2) if self.pooled else weights
+        return in_blocks(weights.transpose(1, 2), self.block_size).amax(2).transpose(1, 2) if self.pooled else weights
 
     def init_memory(self, batch_size: int, like: Tensor) -> GateCache:
         cache = super().init_memory(batch_size, like)
@@ -270,8 +271,3 @@ def _log_gates(logits: Tensor, candidates: Tensor) -> Tensor:
 def _per_head(heads: Tensor, weight: Tensor) -> Tensor:
     """[B, N, H, I] and [H, I, O] -> [B, N, H, O]."""
     return torch.einsum("bnhi,hio->bnho", heads, wide(weight))
-
-
-def _blocks(x: Tensor, size: int) -> Tensor:
-    """[B, S, ...] -> [B, ceil(S / size), size, ...], zeros behind the end."""
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % size)).unflatten(1, (-1, size))
