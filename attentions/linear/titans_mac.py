@@ -43,11 +43,12 @@ class MemoryAsContext(Attention):
         num_persistent: learned tokens P, before every segment.
         depth, momentum, conv_size: of the memory, see `TitansLMM`.
 
-    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, section 4.1, eq. 21 to 25. Differs: eq. 25 gates with
-    the memory that has learned the whole segment, which lets a position see later ones (`MemoryAsContextOfficial`);
-    here it is the memory of earlier segments. h_i stands before s_i instead of all of h before all of S, which is the
-    same to attention without positions. The gate is that of section 4.2, see `MemoryGate`. The paper gives neither
-    segment nor P. Noncausal and cross forms are ours.
+    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, section 4.1, eq. 21 to 25 and figure 3a. Differs: two
+    things printed there let a position see later ones, see `MemoryAsContextOfficial`: eq. 25 gates with the memory that
+    has learned the whole segment, here with that of earlier segments; eq. 22 has all of h before S, here h_i, which s_i
+    asks for, stands before s_i. The gate is that of section 4.2, see `MemoryGate`. The NeurIPS 2025 version (appendix
+    E.1) has segments of 512, P = 128, 256 memory tokens h and chunks of 16; here h is one for each position and a chunk
+    is a segment. Noncausal and cross forms are ours.
     """
 
     patterns = Pattern.ALL
@@ -159,13 +160,21 @@ class MemoryAsContext(Attention):
 
 
 class MemoryAsContextOfficial(MemoryAsContext):
-    """MAC as eq. 25 has it: the gate asks the memory that has learned the whole segment.
+    """MAC as printed: all of h stands before a segment, and the gate asks the memory that has learned all of it.
 
-    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, eq. 25. Differs: as `MemoryAsContext` otherwise.
+    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, eq. 22 and 25. Otherwise as `MemoryAsContext`.
     """
 
     patterns = Pattern.SELF
     impossible: ClassVar = {Pattern.CROSS: "its memory learns the context alone, so eq. 25 and its strict form agree"}
-    leaks = "an output is gated with a memory that has learned the later positions of its segment, eq. 25"
-    stepwise = "the memory that gates a position exists only once the segment is over"
+    leaks = (
+        "a position attends to what the memory answers later ones of its segment, and is gated with what it has learned"
+    )
+    stepwise = "what a position attends to and what gates it exist only once the segment is over"
     looks_ahead = True
+
+    def _attend(self, x: Tensor, h: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        persistent = self._persistent(x.shape[0])
+        if key_mask is not None:
+            key_mask = torch.cat([key_mask.new_ones(persistent.shape[:2]), key_mask, key_mask], 1)
+        return self.mixer(torch.cat([persistent, h, x], 1), key_mask=key_mask)[:, -x.shape[1] :]

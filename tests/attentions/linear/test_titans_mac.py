@@ -62,7 +62,9 @@ def naive(layer, x, mask=None):
             read = [u for u in range(start, stop) if two_sided or u <= t]
             rowed = []
             for b in range(B):
-                inner = [*layer.persistent] + [z[b, u] for z in (h, x) for u in read if visible[b, u]]
+                asked = range(start, stop) if late else read  # eq. 22 has all of h before S
+                inner = [*layer.persistent, *(h[b, u] for u in asked if visible[b, u])]
+                inner += [x[b, u] for u in read if visible[b, u]]
                 rowed.append(attended(layer.mixer, x[b, t], inner) * visible[b, t])
             segment.append(torch.stack(rowed))
         rows = torch.cat([rows, torch.stack(segment, 1)], 1)
@@ -90,8 +92,9 @@ def test_segments_equal_the_formula_position_by_position(layer_class, depth, mak
     agree(lambda: layer(x), lambda: naive(layer, x), [x, *layer.parameters()])
 
 
-def test_masked_positions_are_neither_attended_to_nor_learned(make, agree):
-    layer, x = make(), stream(11)
+@pytest.mark.parametrize("layer_class", [MemoryAsContext, MemoryAsContextOfficial])
+def test_masked_positions_are_neither_attended_to_nor_learned(layer_class, make, agree):
+    layer, x = make(layer_class), stream(11)
     mask = torch.arange(11).expand(B, -1) % 5 < torch.tensor([[3], [4]])
     kept = mask[..., None]
     agree(
