@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attentions.base import LayerSpec, repeat_heads
 from attentions.dense.softmax import KVCache, Softmax
 
-ACTIVATIONS = {"none": nn.Identity, "silu": nn.SiLU}
-
 
 class DiffQKV(Softmax):
     """Softmax attention that shrinks its keys, keeps its values and widens what makes its queries (Sigma).
 
-        q_h = W_2 act(W_1 x)              W_1: M to augq_ratio M; or softmax attention's W_q x
+        q = W_q x, augmented: W_d (silu(W_g u) * W_u u) of u = W_q x;     W_g, W_u: M to augq_ratio M, W_d: back
         k_h = lift(k'_c),  c = h n_k / H  k' of width d_k' is all that is cached; no lift where d_k' = D
         head_h = softmax(q_h k_h^T / sqrt(D)) v_g,  g = h n_v / H
 
@@ -24,21 +23,21 @@ class DiffQKV(Softmax):
     up to the fraction asked for, at least one, so the state is never larger than asked for; the published model has
     n_k = 4 and n_v = 16 of G = 16 (H = 32). The state holds n_k d_k' + n_v D numbers per position, at those numbers
     37.5 % less than with G. Keys are lifted as they are read, by one linear map for all heads, and rotary positions
-    turn them behind the lift, at width D. Parameters: M (n_k d_k' + n_v D + M), d_k' D of the lift, and of the queries
-    M^2, augmented 2 augq_ratio M^2.
+    turn them behind the lift, at width D. Parameters: M (n_k d_k' + n_v D + 2 M), d_k' D of the lift, and of augmented
+    queries 3 augq_ratio M^2, as many as a gated feed-forward layer of that width has.
 
     Args:
         key_heads, value_heads: n_k / G and n_v / G, above 0 and at most 1.
         key_width: d_k' / D, rounded to at least 1, above 0 and at most 1; 1: no lift.
-        augq_ratio: width between W_1 and W_2 over M; None: one projection.
-        augq_act: "none" or "silu", between W_1 and W_2; "none" makes of the two a linear map of W_q's rank.
+        augq_ratio: width of W_g and W_u over M; None: queries as they are projected.
         dropout: probability of dropping an attention weight in training.
 
-    Source: Lin et al. 2025, https://arxiv.org/abs/2501.13629, section 2 and tables 1, 2, 3 and 14. Differs: the paper
-    names no nonlinearity of the augmented query and calls the map of the keys a feed-forward layer without saying
-    more, so act, the linear lift and its sharing by all heads are ours, and so is rotating behind it; selective loading
-    of values, an approximation when decoding, is left out; where nothing is rotated the lift could move into the query,
-    which this decoder does not do; noncausal and cross forms are ours.
+    Source: Lin et al. 2025, https://arxiv.org/abs/2501.13629, section 2, tables 1 to 4, 13 and 14; the augmented query
+    is that of the listing in appendix E, with the activation of table 14. Differs: the paper calls the map of the keys
+    a feed-forward layer without saying more, so the linear lift and its sharing by all heads are ours, and so is
+    rotating behind it; selective loading of values, an approximation when decoding, is left out; where nothing is
+    rotated the lift could move into the query, which this decoder does not do; no map has a bias, of which the listing
+    says nothing; noncausal and cross forms are ours.
     """
 
     paper = "https://arxiv.org/abs/2501.13629"
@@ -54,7 +53,6 @@ class DiffQKV(Softmax):
         value_heads: float = 1.0,
         key_width: float = 1.0,
         augq_ratio: float | None = None,
-        augq_act: str = "none",
         dropout: float = 0.0,
     ):
         for name, fraction in (("key_heads", key_heads), ("value_heads", value_heads), ("key_width", key_width)):
@@ -62,8 +60,6 @@ class DiffQKV(Softmax):
                 raise ValueError(f"{name} must be above 0 and at most 1, got {fraction}; nearest: 1")
         if augq_ratio is not None and augq_ratio <= 0:
             raise ValueError(f"augq_ratio must be above 0 or null, got {augq_ratio}; nearest: {1 / spec.dim:.2g}")
-        if augq_act not in ACTIVATIONS:
-            raise ValueError(f"augq_act must be one of {', '.join(ACTIVATIONS)}, got {augq_act}; nearest: none")
         numbers = [_divisor(spec.kv_heads, fraction) for fraction in (key_heads, value_heads)]
         # groups that share nothing: what the slot calls its key-value heads
         super().__init__(dataclasses.replace(spec, num_kv_heads=math.gcd(*numbers)), dropout=dropout)
@@ -75,12 +71,10 @@ class DiffQKV(Softmax):
         self.lift = nn.Linear(self.stored_dim, self.key_dim, bias=False) if narrow else None
         self.augment: nn.Module = nn.Identity()
         if augq_ratio is not None:
-            width = max(1, math.floor(augq_ratio * spec.dim + 0.5))
-            self.augment = nn.Sequential(nn.Linear(spec.dim, width, bias=False), ACTIVATIONS[augq_act]())
-            self.q_proj = nn.Linear(width, spec.num_heads * self.key_dim, bias=False)
+            self.augment = Gated(spec.dim, max(1, math.floor(augq_ratio * spec.dim + 0.5)))
 
     def query(self, x: Tensor, start: int = 0) -> Tensor:
-        return self._rotate(self.q_proj(self.augment(x)).unflatten(-1, (self.spec.num_heads, -1)), start)
+        return self._rotate(self.augment(self.q_proj(x)).unflatten(-1, (self.spec.num_heads, -1)), start)
 
     def key_value(self, source: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """What is written: keys [B, S, n_k, d_k'], rotated unless a lift is to come, and values [B, S, n_v, D]."""
@@ -103,6 +97,19 @@ class DiffQKV(Softmax):
 
     def state_bytes(self, length: int) -> int:
         return 4 * length * (self.num_key_heads * self.stored_dim + self.num_value_heads * self.value_dim)
+
+
+class Gated(nn.Module):
+    """W_d (silu(W_g u) * W_u u): [B, T, M] -> [B, T, M], `width` channels inside."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.gate = nn.Linear(dim, width, bias=False)  # W_g
+        self.up = nn.Linear(dim, width, bias=False)  # W_u
+        self.down = nn.Linear(width, dim, bias=False)  # W_d
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(u)) * self.up(u))
 
 
 def _divisor(heads: int, fraction: float) -> int:
