@@ -14,8 +14,9 @@ what enters the layer and its error. Therefore
 for every layer: products of [C, C] with [C, D], and never a copy of the weights per position.
 
 Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, eq. 12 to 18; f and G are worked out here, where the
-paper scans. Differs: eq. 17 drops the 2 of the gradient, kept here; quotients are exp of differences of logarithms, so
-nothing is divided by a product that has vanished; matrices act from the right.
+paper scans. Differs: eq. 17 drops the 2 that eq. 12 has in its gradient, kept here; quotients are exp of differences of
+logarithms, so nothing is divided by a product that has vanished; matrices act from the right. The MLP is ours, see
+`TitansLMM`.
 """
 
 from __future__ import annotations

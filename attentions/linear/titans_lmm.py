@@ -39,11 +39,14 @@ class TitansLMM(QKVAttention):
         chunk_size: positions whose gradients are taken at the same weights.
         conv_size: kernel of the short convolutions, in positions.
 
-    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, sections 3.1, 3.2 and 4.4. There is no official code.
-    Differs: the paper has one network over all channels, and gives no chunk size, kernel, width, activation, start or
-    initial rates of it; ours is one per head, its hidden layers are SiLU and drawn into the unit ball (else gradient
-    descent on them explodes), its last layer starts at zero. Rotary positions, where the backbone asks for them, turn
-    the unit vectors. Noncausal and cross forms are ours.
+    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, sections 3.1, 3.2 and 4.4; chunk and kernel: the
+    NeurIPS 2025 version, section 3.3 and appendix E.1. There is no official code. Differs: the network of the NeurIPS
+    version is k + LN(W_1 GELU(W_2 k)), 4 times as wide inside, of two layers by default; it forgets channel by channel
+    and has rates for each layer. Ours has no residual, LN or wider layer, its hidden layers are SiLU and drawn into the
+    unit ball (else gradient descent on them explodes), and its layers share a scalar alpha, as in the first version,
+    theta and eta. A network for each head, a last layer that starts at zero and the initial rates are ours: neither
+    version gives them. Rotary positions, where the backbone asks for them, turn the unit vectors. Noncausal and cross
+    forms are ours.
     """
 
     patterns = Pattern.ALL

@@ -133,8 +133,8 @@ class MemoryAsGate(WindowedMemory):
         depth, momentum, chunk_size, conv_size: of the memory, see `TitansLMM`.
 
     Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, section 4.2, eq. 26 to 28 and figure 3b. Differs: the
-    paper gives no window, P or chunk size. Noncausal: the window looks both ways and the memory learns from either end,
-    ours.
+    NeurIPS 2025 version (appendix E.1) has a window of 2048 and P = 128. Noncausal: the window looks both ways and the
+    memory learns from either end, ours.
     """
 
     def add_window(self, spec: LayerSpec, window: int) -> None:

@@ -18,8 +18,8 @@ class MemoryAsLayer(WindowedMemory):
 
     Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, section 4.3, eq. 29 to 31. Differs: eq. 30 has no
     x~ +, while section 4.4 says that every block has a residual connection. The paper's experiments put the memory into
-    a layer like H3's, and it gives no window, P or chunk size. Noncausal: the window looks both ways and the memory
-    learns from either end, ours.
+    a layer like H3's; their window is 2048 and P = 128 (NeurIPS 2025 version, appendix E.1). Noncausal: the window
+    looks both ways and the memory learns from either end, ours.
     """
 
     def meet(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
