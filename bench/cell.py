@@ -145,10 +145,16 @@ def make_task(config: dict[str, Any]) -> Any:
 
 
 def load(task: Any, seed: int, device: Any) -> dict[str, Any]:
-    """Segments of all splits on the device, and their hashes."""
+    """Segments of all splits on the device, their hashes, and the scores of trivial solvers."""
     splits = {split: task.segments(split, seed) for split in ("train", "valid", "test")}
     hashes = {split: [segment.sha256() for segment in segments] for split, segments in splits.items()}
-    return dict(hashes=hashes, splits={s: [segment.to(device) for segment in g] for s, g in splits.items()})
+    count = sum(len(segment) for segment in splits["test"])
+    floors = [
+        dict(split="test", metric=task.spec.primary, value=value, count=count, slice_key="floor", slice_value=name)
+        for name, value in task.floors(splits, hashes).items()
+    ]
+    moved = {split: [segment.to(device) for segment in segments] for split, segments in splits.items()}
+    return dict(hashes=hashes, floors=floors, splits=moved)
 
 
 def replicate(
@@ -201,8 +207,9 @@ def replicate(
     if result.status == "ok":
         for split in ("valid", "test"):
             outcome["scores"] += evaluate(model, task, data["splits"][split], budget).rows(split)
+        outcome["scores"] += data["floors"]
         try:
-            decoding = efficiency.decoding(model, task.spec.length, device, task.spec.context_length)
+            decoding = efficiency.decoding(model, task.spec, device)
         except UnsupportedPattern as error:
             outcome["efficiency"]["no_decoding"] = str(error)
             return outcome, result.history

@@ -1,5 +1,7 @@
 """`python -m bench.data task=mqar [seed=0] [task.KEY=VALUE ...] [save=FOLDER]`: make a task's data, hash it, save it.
 
+`python -m bench.data fetch NAME ...` brings real data to this machine, `python -m bench.data sources` lists them.
+
 Prints one line per split and segment; hashes are the sha256 of inputs and labels as little-endian int64
 in C order. With save=FOLDER each segment becomes FOLDER/SPLIT_INDEX.npz with `inputs` [N, L] and
 `labels` [N, L] (-100 where nothing is asked), in the smallest integer type that the task uses.
@@ -33,7 +35,11 @@ COLUMNS = (
 
 
 def main() -> int:
-    """Raises UserError for a wrong key, value or folder."""
+    """Raises UserError for a wrong key, value, source or folder."""
+    if sys.argv[1:2] == ["fetch"]:
+        return fetch(sys.argv[2:])
+    if sys.argv[1:] == ["sources"]:
+        return show_sources()
     overrides, folder = read_arguments(sys.argv[1:])
     choice = compose(overrides)
     if len(choice.seeds) > 1:
@@ -50,6 +56,35 @@ def main() -> int:
         print(line(*row), flush=True)
     if folder is not None:
         print(f"saved in {folder}")
+    return 0
+
+
+def fetch(names: Sequence[str]) -> int:
+    """Bring the data of some sources to this machine; what is there already is checked."""
+    from tasks import sources
+
+    if not names:
+        raise UserError(f"which data? there are: {', '.join(sources.SOURCES)}; type python -m bench.data sources")
+    for name in names:
+        try:
+            size = sources.source(name).origin.num_bytes / 1e6
+            print(f"{name}: {sources.SOURCES[name].title}; {size:,.1f} MB; {sources.SOURCES[name].licence}", flush=True)
+            print(f"{name}: in {sources.fetch(name)}")
+        except sources.MissingData as error:
+            raise UserError(str(error)) from error
+    return 0
+
+
+def show_sources() -> int:
+    """List the sources: on this machine or not, size, licence."""
+    from tasks import sources
+
+    line = "{:<12}  {:<4}  {:>10}  {:<75}  {}".format
+    print(line("source", "here", "MB", "what", "licence"))
+    for name, source in sources.SOURCES.items():
+        here = "yes" if sources.is_here(name) else "-"
+        print(line(name, here, f"{source.origin.num_bytes / 1e6:,.1f}", source.title, source.licence))
+    print("to bring one: python -m bench.data fetch NAME")
     return 0
 
 

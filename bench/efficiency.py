@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.backbones.base import Backbone
+from tasks.base import TaskSpec, Tokens, Vectors
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,30 @@ class Decoding:
     length: int
 
 
-def decoding(model: Backbone, length: int, device: torch.device, context_length: int | None = None) -> Decoding:
-    """Decode `length` tokens at batch 1 in float32 (over a context, if any) and measure the state left behind."""
+def decoding(model: Backbone, spec: TaskSpec, device: torch.device) -> Decoding:
+    """Decode `spec.length` positions at batch 1 in float32 (over a context, if any) and measure the state left."""
     was_training = model.training
     model.eval()
     times = []
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    token = _nothing(spec.inputs, 1, device)
     with torch.no_grad():
-        context = None
-        if context_length is not None:
-            context = torch.zeros(1, context_length, dtype=torch.int64, device=device)
+        context = _nothing(spec.context, spec.context_length, device) if spec.context and spec.context_length else None
         state = model.init_state(1, context)
-        for _ in range(length):
+        for _ in range(spec.length):
             started = time.perf_counter()
             _, state = model.step(token, state)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - started)
     model.train(was_training)
-    return Decoding(state_bytes=state.nbytes, ms_per_token=1e3 * statistics.median(times), length=length)
+    return Decoding(state_bytes=state.nbytes, ms_per_token=1e3 * statistics.median(times), length=spec.length)
+
+
+def _nothing(kind: Tokens | Vectors, length: int, device: torch.device) -> torch.Tensor:
+    """A sequence of zeros: [1, length] token ids or [1, length, F] numbers."""
+    if isinstance(kind, Vectors):
+        return torch.zeros(1, length, kind.dim, device=device)
+    return torch.zeros(1, length, dtype=torch.int64, device=device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

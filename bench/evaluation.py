@@ -45,7 +45,7 @@ def evaluate(model: Backbone, task: Task, segments: Sequence[Batch], budget: Bud
                 batch = segment.rows(slice(start, start + budget.eval_batch_size))
                 with autocast(budget, batch.inputs.device):
                     output = output_of(model, batch)
-                predictions.append(task.predict(output))
+                predictions.append(task.predict(output, batch))
                 losses.append(task.loss(output, batch) * (batch.targets != IGNORE).sum())
             labels = int((segment.targets != IGNORE).sum())
             loss = float(torch.stack(losses).sum()) / max(1, labels)
@@ -53,6 +53,8 @@ def evaluate(model: Backbone, task: Task, segments: Sequence[Batch], budget: Bud
             _add(entries, Score(metric="loss", value=loss, count=labels))
             for score in task.score(torch.cat(predictions).to(cpu), segment.to(cpu)):
                 _add(entries, score)
+    for score in list(task.derived(entries)):
+        entries[score.metric, score.slice] = score
     model.train(was_training)
     return Scores(entries)
 

@@ -61,13 +61,18 @@ def identity(parts: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, An
     names = tuple(plugins)
     return dict(
         program=training_version(),
-        task=parts["task"],
+        task=settings_of(parts["task"]),
         task_version=source.literal(source.resolve(parts["task"]["_target_"], names), "version"),
         backbone=parts["backbone"],
         attention=parts["attention"],
         attention_source=mechanism_hash(parts, names),
         budget=Budget(**parts["budget"]).identity(),
     )
+
+
+def settings_of(task: dict[str, Any]) -> dict[str, Any]:
+    """What a task's data depend on: all but the folder that they lie in; their hashes stand in the record."""
+    return {key: value for key, value in task.items() if key != "path"}
 
 
 def mechanism_hash(parts: dict[str, Any], plugins: Sequence[str] = ()) -> str:

@@ -44,7 +44,12 @@ def _conditions(record: dict[str, Any]) -> str:
     config = record["config"]
     budget = Budget(**config["budget"]).identity()
     return digest(
-        dict(task=config["task"], version=record["task"]["version"], backbone=config["backbone"], budget=budget)
+        dict(
+            task=plan.settings_of(config["task"]),
+            version=record["task"]["version"],
+            backbone=config["backbone"],
+            budget=budget,
+        )
     )
 
 

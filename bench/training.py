@@ -100,7 +100,7 @@ def train(
             losses.append(step_fn(batch, learning_rate(result.steps, peak, budget)))
             result.steps += 1
             result.examples += len(batch)
-            result.tokens += batch.inputs.numel()
+            result.tokens += batch.inputs.shape[0] * batch.inputs.shape[1]
         values = torch.stack([step["loss"] for step in losses]).tolist()  # waits for the device: the time is complete
         result.seconds += time.perf_counter() - started
         first_loss = values[0] if math.isnan(first_loss) else first_loss

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tasks import _cache
 
 SPLITS = "train", "valid", "test"
 IGNORE = -100  # a target that is not scored: padding among the labelled positions
@@ -25,6 +27,13 @@ class Tokens:
     """Integer inputs: 0 .. vocab_size - 1."""
 
     vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vectors:
+    """Real inputs: `dim` numbers at every position, float32."""
+
+    dim: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +48,13 @@ class PerSequence:
     """One class out of `num_classes` for the sequence as a whole; targets are [B, 1], positions do not matter."""
 
     num_classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """`num_values` real numbers at every labelled position; targets are [B, P, num_values], float32."""
+
+    num_values: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +74,8 @@ class TaskSpec:
         output: what is predicted.
         length: longest input of any split, in positions.
         causal: predictions at t may use inputs <= t only.
-        context: a second sequence, all of it visible, for cross-attention; None: there is none.
+        context: a second sequence, all of it visible, for cross-attention, or the other one of a pair; None: there is
+            none.
         context_length: the longest context.
         grid: rows, columns, ... when every input is an image read pixel by pixel, last axis fastest; None: it is not.
         metrics: name -> unit and direction.
@@ -66,14 +83,14 @@ class TaskSpec:
         chance: value of `primary` that guessing gives, the floor line.
     """
 
-    inputs: Tokens
-    output: PerToken | PerSequence
+    inputs: Tokens | Vectors
+    output: PerToken | PerSequence | Values
     length: int
     causal: bool
     metrics: Mapping[str, Metric]
     primary: str
     chance: float
-    context: Tokens | None = None
+    context: Tokens | Vectors | None = None
     context_length: int | None = None
     grid: tuple[int, ...] | None = None
 
@@ -83,12 +100,12 @@ class Batch:
     """Examples of one length, or padded to one; or a whole segment of them.
 
     Args:
-        inputs: [B, L] token ids.
+        inputs: [B, L] token ids, or [B, L, F] numbers.
         positions: [B, P] positions that carry a label; padding points at 0 with target IGNORE.
-        targets: [B, P] class at each labelled position, or IGNORE.
+        targets: [B, P] class at each labelled position, or IGNORE; [B, P, V] where values are predicted.
         slices: name -> [B] or [B, P] integer values to report scores by (pairs, length, distance, ...).
         key_mask: [B, L] bool, True at real tokens; None: no padding.
-        context: [B, S] token ids of the second sequence; context_mask [B, S]: as key_mask.
+        context: [B, S] or [B, S, F], the second sequence; context_mask [B, S]: as key_mask.
     """
 
     inputs: Tensor
@@ -119,32 +136,44 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device))
 
     def rows(self, index: Tensor | slice) -> Batch:
-        """The examples at `index`, with the index types a model wants (int64)."""
-        return self._map(lambda tensor: tensor[index] if tensor.dtype is torch.bool else tensor[index].long())
+        """The examples at `index`, with the types a model wants: int64, float32 and bool."""
+
+        def wanted(tensor: Tensor) -> Tensor:
+            rows = tensor[index]
+            return rows.float() if rows.is_floating_point() else rows if rows.dtype is torch.bool else rows.long()
+
+        return self._map(wanted)
 
     def labels(self) -> Tensor:
-        """Targets as a full matrix [B, L], IGNORE where there is none (the layout of published data sets)."""
+        """Targets as a full matrix [B, L], IGNORE where there is none (the layout of published data sets).
+
+        Values stay as they are, [B, P, V].
+        """
+        if self.targets.is_floating_point():
+            return self.targets
         full = torch.full((len(self), self.inputs.shape[1]), IGNORE, dtype=torch.int64)
         rows, columns = torch.nonzero(self.targets != IGNORE, as_tuple=True)
         full[rows, self.positions[rows, columns].long()] = self.targets[rows, columns].long()
         return full
 
     def sha256(self) -> dict[str, str]:
-        """Hashes of inputs, labels and the context, if any, as little-endian int64 buffers in C order."""
+        """Hashes of inputs, labels and the context, if any, as buffers in C order; see `sha256`."""
         hashes = {"inputs": sha256(self.inputs), "labels": sha256(self.labels())}
         return hashes if self.context is None else {**hashes, "context": sha256(self.context)}
 
 
 def sha256(tensor: Tensor) -> str:
-    """Hash of a tensor as a little-endian int64 buffer in C order."""
-    return hashlib.sha256(np.ascontiguousarray(tensor.cpu().numpy(), dtype="<i8").tobytes()).hexdigest()
+    """Hash of a tensor as a little-endian buffer in C order, int64 or, of real numbers, float32."""
+    kind = "<f4" if tensor.is_floating_point() else "<i8"
+    return hashlib.sha256(np.ascontiguousarray(tensor.cpu().numpy(), dtype=kind).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """One number: the mean of `metric` over `count` items of a slice.
 
-    slice: (key, value), or ("all", "") for the whole split.
+    slice: (key, value), or ("all", "") for the whole split. Scores of one slice in several segments are pooled by
+    `count`, so a metric that is no mean (perplexity) belongs into `Task.derived`.
     """
 
     metric: str
@@ -190,10 +219,23 @@ class Task(ABC):
         """Mean cross-entropy in nats over the labelled positions; output [B, P, C], logits."""
         return F.cross_entropy(output.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE)
 
-    def predict(self, output: Tensor) -> Tensor:
+    def predict(self, output: Tensor, batch: Batch) -> Tensor:
         """What scoring keeps of an output [B, P, C]: the likeliest class [B, P]."""
         return output.argmax(-1)
 
     @abstractmethod
     def score(self, predictions: Tensor, segment: Batch) -> list[Score]:
         """Scores of a whole segment, on the CPU: predictions [N, P] against `segment`."""
+
+    def derived(self, scores: Mapping[tuple[str, tuple[str, str]], Score]) -> Iterable[Score]:
+        """Scores computed from pooled ones by (metric, slice), such as perplexity from the "loss"."""
+        return ()
+
+    def solvers(self, splits: Mapping[str, Sequence[Batch]]) -> Mapping[str, float]:
+        """`spec.primary` on `test` of trivial solvers fitted on `train`, by name; chance stands in the spec."""
+        return {}
+
+    def floors(self, splits: Mapping[str, Sequence[Batch]], hashes: Mapping[str, Any]) -> dict[str, float]:
+        """`solvers`, computed once for data with these hashes and remembered on this machine."""
+        key = dict(solvers=self.id, version=self.version, metric=self.spec.primary, data=hashes)
+        return _cache.numbers(key, lambda: self.solvers(splits))

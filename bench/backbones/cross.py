@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attentions.base import Factory, Pattern
 from bench.backbones.base import Backbone
-from bench.backbones.embed import TokenEmbedding
+from bench.backbones.embed import Embedding
 from bench.backbones.heads import POOLINGS, make_head
 from bench.backbones.initialise import INITIALISATIONS
 from bench.backbones.layers import NORMS, STATE_MIXERS, Layer, check_settings, make_norm, slot_spec
@@ -82,8 +82,8 @@ class Cross(Backbone):
             slot_spec, task, dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions
         )
         length = task.context_length or task.length
-        self.embedding = TokenEmbedding(task.inputs, task.length, dim, "none", embedding_dropout)
-        self.context_embedding = TokenEmbedding(
+        self.embedding = Embedding(task.inputs, task.length, dim, "none", embedding_dropout)
+        self.context_embedding = Embedding(
             task.context, length, dim, positions, embedding_dropout, self.embedding.tokens
         )
         self.context_layer: Layer | None = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attentions.base import Factory, LayerSpec, Pattern
 from bench.backbones.base import Backbone, DecodeState
-from bench.backbones.embed import POSITIONS, TokenEmbedding
+from bench.backbones.embed import POSITIONS, Embedding
 from bench.backbones.heads import TokenHead
 from bench.backbones.initialise import INITIALISATIONS
 from bench.backbones.layers import NORMS, STATE_MIXERS, Layer, alternating, check_settings, make_norm, slot_spec
@@ -89,8 +89,8 @@ class EncoderDecoder(Backbone):
         )
         fill = {name: attention if name == slot else others for name in self.slots}
         length = task.context_length or task.length
-        self.embedding = TokenEmbedding(task.inputs, task.length, dim, positions, embedding_dropout)
-        self.context_embedding = TokenEmbedding(
+        self.embedding = Embedding(task.inputs, task.length, dim, positions, embedding_dropout)
+        self.context_embedding = Embedding(
             task.context, length, dim, positions, embedding_dropout, self.embedding.tokens
         )
         encoder = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tasks.base import PerSequence, TaskSpec
+from tasks.base import PerSequence, TaskSpec, Values
 
 POOLINGS = ("mean", "first", "last")
 
@@ -18,26 +18,35 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
 
 
 class TokenHead(nn.Module):
-    """Final norm and projection to classes, of the labelled positions only.
+    """Final norm and projection to classes, or to values, of the labelled positions only.
 
     Normalising and projecting only what is scored is exact and saves most of the work at large vocabularies.
 
     Args:
-        spec: gives the number of classes.
+        spec: gives the number of classes or values.
         norm: of the stream, before the projection.
         dim: width M.
         tied: the embedding whose weight is shared, or None for a projection of its own.
     """
 
-    def __init__(self, spec: TaskSpec, norm: nn.Module, dim: int, tied: nn.Embedding | None):
+    def __init__(self, spec: TaskSpec, norm: nn.Module, dim: int, tied: nn.Module | None):
         super().__init__()
         self.norm = norm
+        if isinstance(spec.output, Values):
+            if tied is not None:
+                raise ValueError("tied embeddings need classes and the task predicts values; use tied_embeddings=false")
+            self.project = nn.Linear(dim, spec.output.num_values)
+            return
         self.project = nn.Linear(dim, spec.output.num_classes, bias=False)
         if tied is not None:
+            if not isinstance(tied, nn.Embedding):
+                raise ValueError(
+                    "tied embeddings need tokens and the task's inputs are values; use tied_embeddings=false"
+                )
             if tied.weight.shape != self.project.weight.shape:
                 raise ValueError(
                     f"tied embeddings need as many classes as tokens, got {spec.output.num_classes} and "
-                    f"{spec.inputs.vocab_size}; use tied_embeddings=false"
+                    f"{tied.num_embeddings}; use tied_embeddings=false"
                 )
             self.project.weight = tied.weight
 
@@ -57,6 +66,7 @@ class SequenceHead(nn.Module):
 
     def __init__(self, spec: TaskSpec, norm: nn.Module, dim: int, pooling: str):
         super().__init__()
+        assert isinstance(spec.output, PerSequence)
         self.pooling = pooling
         self.norm = norm
         self.project = nn.Linear(dim, spec.output.num_classes)
@@ -75,7 +85,7 @@ class SequenceHead(nn.Module):
 
 
 def make_head(
-    spec: TaskSpec, norm: nn.Module, dim: int, pooling: str, tied: nn.Embedding | None
+    spec: TaskSpec, norm: nn.Module, dim: int, pooling: str, tied: nn.Module | None
 ) -> TokenHead | SequenceHead:
     """The head of a task's output; one label per sequence has classes of its own, so nothing is tied."""
     if isinstance(spec.output, PerSequence):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attentions.base import Attention, Factory, Pattern
 from bench.backbones.base import Backbone
-from bench.backbones.embed import POSITIONS, TokenEmbedding
+from bench.backbones.embed import POSITIONS, Embedding
 from bench.backbones.heads import POOLINGS, make_head
 from bench.backbones.initialise import INITIALISATIONS
 from bench.backbones.layers import NORMS, STATE_MIXERS, Layer, alternating, check_settings, make_norm, slot_spec, within
@@ -87,7 +87,7 @@ class Stack(Backbone):
         )
         self.num_layers = num_layers
         self.initialisation = initialisation
-        self.embedding = TokenEmbedding(task.inputs, task.length, dim, positions, embedding_dropout)
+        self.embedding = Embedding(task.inputs, task.length, dim, positions, embedding_dropout)
         layers = []
         for factory, index, count in alternating(within(block, attention), alternate_with, num_layers):
             spec = slot_spec(
