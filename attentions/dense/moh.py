@@ -25,6 +25,7 @@ class MoH(Softmax):
     are no W_s and W_h, with one no W_s (its softmax is 1). The gate reads the query's token alone, so every pattern is
     free and the cache is softmax attention's; all heads are computed and then weighted, as in the authors' code, so
     the saving is one of counted operations. With zero routers and K = h_r the code's gates are 1: softmax attention.
+    With K = 1 the code's gate of the chosen head is 2 a_2 whatever its score: W_r learns from the balance loss alone.
 
     Router "query_norm" has no parameters: the norms of the routed query heads over their standard deviation are the
     scores, the gate is 1 on their top K and 0 elsewhere, with the softmax of the scores as its gradient
@@ -47,12 +48,13 @@ class MoH(Softmax):
         balance_weight: beta, of the balance loss.
         dropout: probability of dropping an attention weight in training.
 
-    Source: Jin et al. 2024, https://arxiv.org/abs/2410.11842, and its code for ViT, DiT (scale "code") and LLaMA3
-    (router "query_norm", released for inference, without a loss). Differs: the paper's scale, the straight-through
-    gradient and the loss of the continue-tuning variant are not confirmed from the paper's text; the code leaves the
-    scores of equal query norms undefined, here they are uniform; that code tunes a trained model, we train from the
-    start; splitting heads and the rounding (the LLaMA3 code truncates) are ours; noncausal, cross and grouped forms
-    follow from the gate's reading the query alone.
+    Source: Jin et al. 2024, https://arxiv.org/abs/2410.11842, eq. 5 and 6 (scale "paper"), 7 and 8 (loss), section 4.4
+    with eq. 9 and 10 (straight-through), and its code for ViT, DiT (scale "code") and LLaMA3 (router "query_norm",
+    released for inference, without a loss). Differs: the real-valued score that eq. 10 gives the gradient to is not
+    spelt out, we take the LLaMA3 code's softmax, for the loss too; that code leaves the scores of equal query norms
+    undefined, here they are uniform, and tunes a trained model, we train from the start; one pair of fractions serves
+    all layers, where ViT and DiT vary it with depth; splitting heads and the rounding (the LLaMA3 code truncates) are
+    ours; cross and grouped forms follow from the gate's reading the query alone.
     """
 
     paper = "https://arxiv.org/abs/2410.11842"

@@ -1,14 +1,18 @@
 """Mixture-of-head attention as a sum over heads of gate, attention and rows of W_O, position by position."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from attentions.base import LayerSpec, auxiliary_losses
 from attentions.dense.moh import MoH
 from attentions.dense.softmax import Softmax
 
+ROWS = Path(__file__).parents[3] / "conf" / "attention"
 B, T, S, M, H = 2, 7, 5, 30, 3  # heads of width 10, split in two: six of width 5
 CASES = {
     "no shared head": {"shared": 0.0, "active": 0.5},
@@ -155,6 +159,20 @@ def test_an_unselected_query_norm_still_learns_from_the_straight_through_gate(ma
     assert gradient[layer.num_shared :].gt(0).all()
 
 
+@pytest.mark.parametrize("row", ["moh", "moh_75", "moh_paper"])
+def test_the_router_of_a_row_learns_from_the_task(row, make_layer):
+    layer = instantiate(OmegaConf.load(ROWS / f"{row}.yaml"))(LayerSpec(dim=32, num_heads=2, causal=True)).double()
+    layer(torch.randn(B, T, 32, dtype=torch.float64)).square().sum().backward()
+    assert layer.routed_router.weight.grad.abs().max() > 1e-6
+
+
+def test_one_chosen_head_leaves_the_codes_router_to_the_balance_loss(make_layer):
+    layer = make(make_layer, shared=0.2, active=0.4)
+    assert layer.top_k == 1
+    layer(torch.randn(B, T, M, dtype=torch.float64)).square().sum().backward()
+    assert layer.routed_router.weight.grad.abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("gate_scale", ["code", "paper"])
 @pytest.mark.parametrize("router", ["learned", "query_norm"])
 def test_the_balance_loss_is_the_products_of_mean_probability_and_share_of_tokens(gate_scale, router, make_layer):
@@ -189,9 +207,9 @@ def test_uniform_routing_costs_top_k_by_the_code_and_its_share_by_the_paper(gate
 @pytest.mark.parametrize(
     ("num_heads", "min_heads", "shared", "active", "numbers"),
     [
-        (2, 4, 0.5, 0.75, (2, 2, 1)),  # moh_75 in small models: 3 of 4 heads
-        (2, 4, 0.25, 0.5, (1, 3, 1)),  # moh
-        (2, 8, 0.5, 0.75, (4, 4, 2)),  # moh_query_norm
+        (2, 8, 0.25, 0.5, (2, 6, 2)),  # moh in small models: 4 of 8 heads
+        (2, 8, 0.5, 0.75, (4, 4, 2)),  # moh_75, moh_query_norm
+        (2, 4, 0.25, 0.5, (1, 3, 1)),  # moh_paper
         (32, 8, 0.5, 0.75, (16, 16, 8)),  # MoH-LLaMA3-8B
         (12, 4, 0.25, 0.5, (3, 9, 3)),
         (3, 1, 0.5, 0.75, (2, 1, 1)),  # halves round up
