@@ -28,8 +28,8 @@ class BAM(Softmax):
         share_kv: one W_k and W_v for all experts.
         dropout: probability of dropping an attention weight in training.
 
-    Source: Zhang et al. 2024, https://arxiv.org/abs/2408.08274, sections 3.4 and 4.1 (E = 4: a seed model and its three
-    branches). No code is public. Differs: the attention alone, without the experts of the feed-forward layer that
+    Source: Zhang et al. 2024, https://arxiv.org/abs/2408.08274, sections 3.4, 4.1 and 5.1 (E = 4: a seed model and
+    three branches). No code is public. Differs: the attention alone, without the experts of the feed-forward layer that
     stand beside it in their parallel block; noncausal, cross and grouped forms are ours.
     """
 
