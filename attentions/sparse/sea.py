@@ -103,13 +103,16 @@ class SEA(Attention):
 
     Source: Lee et al. 2023, https://arxiv.org/abs/2310.01777; architecture, sizes and losses from the authors' code,
     not confirmed from the paper's text. Differs: teacher and student are one layer, trained from scratch, so the losses
-    between their dense attentions vanish and that of the output is left out; FAVOR+ features are drawn once and serve
-    the causal form, too, where that code redraws them and has a generalised ReLU kernel; of the noncausal CNN, which
-    changes between versions of that code, this is the one of three convolutions, commented out beside one of
-    residual blocks; the jitter of cells in training, the norm behind the average in one variant and the bias of the
-    last convolution, which changes nothing, are left out. Cross-attention is ours: q stands for the query's own value,
-    the positions of the context have the stretched identity as code, and a causal decoder averages all values. All
-    scores are computed and masked.
+    between their dense attentions vanish and that of the output is left out; the divergence is a mean over heads, which
+    that code's noncausal form sums, and the square one over visible keys, where that code counts hidden ones, too;
+    FAVOR+ features are drawn once and serve the causal form, too, where that code redraws them and has a generalised
+    ReLU kernel; of the noncausal CNN, which changes between versions of that code, this is the last one, of three
+    convolutions, and no older one of residual blocks; in the causal one that code pads its last convolution, of one
+    tap, with a column on either side and averages neighbours to the width before, which is left out; a key in the
+    middle between two cells belongs to the later, in that code's training to the earlier; the jitter of cells in
+    training, the norm behind the average in one variant and the bias of the last convolution, which changes nothing,
+    are left out. Cross-attention is ours: q stands for the query's own value, the positions of the context have the
+    stretched identity as code, and a causal decoder averages all values. All scores are computed and masked.
     """
 
     patterns = Pattern.ALL
