@@ -58,8 +58,11 @@ class SeerAttention(Softmax):
     Source: Gao et al. 2024, https://arxiv.org/abs/2410.13276; sizes, the per-query gate (SeerAttention-R) and the loss
     from the authors' code, not confirmed from the paper's text. Differs: layer and gate are trained together from
     scratch, where the published gate is distilled from a trained model or fine-tuned with it; the loss leaves out the
-    first quarter of the rows in causal self-attention, as that code does, and rows without a candidate; the noncausal
-    and cross forms are ours; a block counts with its unmasked positions; a gate equal to the threshold passes.
+    first quarter of the rows in causal self-attention, as that code does for gates per block of queries (its script for
+    gates per query leaves out half), and rows without a candidate; the norms of q_g and k_g, an option of gates per
+    query which that script turns on, are left out; the gate's maps start with variance 1 / inputs, which is wider;
+    noncausal and cross forms are ours; a block counts with its unmasked positions; a gate equal to the threshold
+    passes.
     """
 
     patterns = Pattern.ALL
@@ -248,7 +251,8 @@ class SeerAttentionPrefillOfficial(SeerAttention):
     """SeerAttention's published prefill: causal, with one gate per block of queries, all of which its mean mixes.
 
     Source: as SeerAttention. Differs: the authors' code reads the last two blocks of queries densely, which would let
-    an output depend on where the sequence ends; here the gate decides about them, too.
+    an output depend on where the sequence ends; here the gate decides about them, too. There it decides about the own
+    block as well, which is always read here, since without any block an output would be undefined.
     """
 
     patterns = Pattern.CAUSAL_SELF
