@@ -48,9 +48,10 @@ class SelectivePosOfficial(Tempered):
         dropout: probability of dropping an attention weight in training.
 
     Source: the code of Zhang et al. 2024, https://arxiv.org/abs/2411.12892, in which this position term of the queries
-    is all there is (GPT-2 trained from the start: beta 1.5; fine-tuning: 2); the paper's whole layer is `Selective`.
-    Differs: where keys are masked that code has no rule, here n counts unmasked ones; noncausal and cross forms are
-    ours.
+    is all there is; the paper's whole layer is `Selective`. That code only fine-tunes with it (beta 1.5 for GPT-2, 2
+    for other models), with an optimizer of beta's own; its programs that train from the start do without the term.
+    A second form there, 1 + beta log(n) with beta from 0.00001, has no row. Differs: where keys are masked that code
+    has no rule, here n counts unmasked ones; noncausal and cross forms are ours.
     """
 
     def __init__(self, spec: LayerSpec, *, beta: float = 1.5, dropout: float = 0.0):
@@ -69,8 +70,9 @@ class Selective(Tempered):
 
     n of a query is the number of keys that it may read, n of a value its own in causal self-attention (j + 1), else
     the number of all unmasked keys. w_h per head and alpha per layer are learned, for queries and for values apart: the
-    layer has softmax attention's parameters and M + G D + 2. w starts at zero and alpha where the position terms weigh
-    0.011, as in the authors' code. Scaled values are cached, so decoding costs what softmax attention's does.
+    layer has softmax attention's parameters and M + G D + 2. w starts at zero, and alpha where the position terms weigh
+    0.011, as that of `SelectivePosOfficial` does. Scaled values are cached, so decoding costs what softmax attention's
+    does.
 
     Args:
         dropout: probability of dropping an attention weight in training.
