@@ -49,9 +49,10 @@ class RCMHA(Softmax):
 
     Source: Sugiharto et al. 2023, https://arxiv.org/abs/2308.03429, in the form of the authors' code; R, b and u start
     at zero there too. Differs: that code keeps 2 x 4096 distances and its causal model reads one half, here the slot's
-    max_length sets them; it adds a bias to the output, here as in other rows none; masks, noncausal, cross and grouped
-    forms are ours. The formulas are not confirmed from the paper's text, and the code's main program imports another
-    library's attention, without convolutions.
+    max_length sets them; it adds a bias to the output, here as in other rows none; where a segment follows a memory,
+    its convolution of the queries starts from zeros, here it goes on; masks, noncausal, cross and grouped forms are
+    ours. The formulas are not confirmed from the paper's text, and the code's main program imports another library's
+    attention, without convolutions.
     """
 
     paper = "https://arxiv.org/abs/2308.03429"
