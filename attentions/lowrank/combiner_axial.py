@@ -95,9 +95,9 @@ class CombinerAxial(_Rows):
     Source: Ren et al. 2021, https://arxiv.org/abs/2107.05768, Combiner-Axial, after the authors' code in JAX (section
     and equation numbers not confirmed from the paper's text).
     Differs: their TensorFlow code has running sums in place of running maxima. Their noncausal form (TensorFlow only)
-    reads the own position twice and the own column's summaries besides; here each of its groups is as in the causal
-    form. A last row may be short. Where the backbone asks for rotary positions, turned queries and keys are pooled. Of
-    a masked region only the unmasked positions count.
+    reads the own position twice, the own row and column as regions besides, and a region without positions as the mean
+    of its whole line; here each of its groups is as in the causal form. A last row may be short. Where the backbone
+    asks for rotary positions, turned queries and keys are pooled. Of a masked region only the unmasked positions count.
     """
 
     complexity = "T (columns + T / columns)"

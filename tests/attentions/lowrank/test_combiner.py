@@ -188,6 +188,15 @@ def test_regions_of_one_position_and_no_regions_are_softmax(row, sizes, causal, 
     torch.testing.assert_close(layer(x), exact(x))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_turned_region_keys_of_rowmajor_keep_its_scores_relative(causal, make_layer):
+    layer = make_layer(CombinerRowmajor, dim=36, causal=causal, rotary_base=100.0, columns=SIZE)
+    x = torch.randn(B, 13, 36, dtype=torch.float64)
+    want, rotate = layer(x), layer._rotate
+    layer._rotate = lambda heads, start: rotate(heads, start + 5)  # the whole sequence, 5 positions later
+    torch.testing.assert_close(layer(x), want, rtol=0.0, atol=1e-4)  # angles are float32
+
+
 @pytest.mark.parametrize("row", ALL)
 def test_a_state_written_in_parts_reads_as_all_at_once(row, make_layer):
     layer, x = make_layer(row, dim=M, num_kv_heads=2, **ALL[row]), stream(23)
