@@ -2,8 +2,8 @@
 
     S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t      y_t = M_t(q_t)
 
-S, the surprise, is a momentum. M is a matrix, or an MLP whose hidden layers pass SiLU and are drawn into the unit ball,
-a / sqrt(1 + |a|^2). Gradients are taken at the weights M_0 that a chunk of positions starts with, so inside it S and M
+S, the surprise, is a momentum. M is a matrix, or an MLP x + g LN(GELU(x W_1) W_2) or deeper, whose matrices learn while
+it reads; g does not. Gradients are taken at the weights M_0 that a chunk of positions starts with, so inside it S and M
 are linear recurrences with known inputs, and the gradient of a layer at position j is an outer product x_j d_j^T of
 what enters the layer and its error. Therefore
 
@@ -15,8 +15,7 @@ for every layer: products of [C, C] with [C, D], and never a copy of the weights
 
 Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, eq. 12 to 18; f and G are worked out here, where the
 paper scans. Differs: eq. 17 drops the 2 that eq. 12 has in its gradient, kept here; quotients are exp of differences of
-logarithms, so nothing is divided by a product that has vanished; matrices act from the right. The MLP is ours, see
-`TitansLMM`.
+logarithms, so nothing is divided by a product that has vanished; matrices act from the right.
 """
 
 from __future__ import annotations
@@ -46,11 +45,12 @@ class NeuralState(State):
     surprise: Layers = ()
 
 
-def predict(weights: Layers, q: Tensor) -> Tensor:
-    """What a memory answers: q [B, T, H, K] -> [B, T, H, V]."""
-    x = _rows(wide(q).transpose(1, 2)[:, :, None], weights[0].shape[1]).squeeze(2)
+def predict(weights: Layers, q: Tensor, gain: Tensor | None = None) -> Tensor:
+    """What a memory answers: q [B, T, H, K] -> [B, T, H, V]; `gain` as in `learn`."""
+    asked = x = _rows(wide(q).transpose(1, 2)[:, :, None], weights[0].shape[1]).squeeze(2)
     for depth, weight in enumerate(weights):
-        x = (_squash(F.silu(x))[0] if depth else x) @ weight
+        x = (F.gelu(x) if depth else x) @ weight
+    x = _added(asked, x, gain)
     return x.unflatten(2, (-1, q.shape[1])).flatten(1, 2).transpose(1, 2).to(q.dtype)
 
 
@@ -65,6 +65,7 @@ def learn(
     log_momentum: Tensor | None = None,
     key_mask: Tensor | None = None,
     chunk_size: int,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, S]:
     """Learn S further positions, and read each with the weights after it.
 
@@ -74,6 +75,7 @@ def learn(
         step, log_keep, log_momentum: theta, log(1 - alpha) and log eta, [B, S, G]; None: no momentum.
         key_mask: [B, S]; a masked position leaves M and S as they are, but counts as a place in its chunk.
         chunk_size: positions between two places where gradients are taken.
+        gain: g [G, V] of an MLP with residual and LN; None: neither.
 
     Returns:
         [B, S, H, V] (or [B, 0, H, V]), and the state after the last position.
@@ -91,7 +93,7 @@ def learn(
     start, before = state.start or state.weights, []
     for n in range(k.shape[2]):
         start = state.weights if n else start
-        entering, errors = _gradients(start, k[:, :, n], v[:, :, n])
+        entering, errors = _gradients(start, k[:, :, n], v[:, :, n], gain)
         before.append((state.weights, state.surprise, entering, errors))
         state = _end(state, entering, errors, rates, n)
     stop = state.position + length
@@ -103,12 +105,14 @@ def learn(
     )
     repeats = 1, 1, 1, q.shape[2] // k.shape[1], 1
     keep, write = rates.keep.repeat(repeats), rates.write.repeat(repeats)
-    x = _rows(_chunked(wide(q), front, size), k.shape[1])
+    asked = x = _rows(_chunked(wide(q), front, size), k.shape[1])
     for depth, weight in enumerate(weights):
-        x = _squash(F.silu(x))[0] if depth else x
+        x = F.gelu(x) if depth else x
         z = keep * (x @ weight) - (write * (x @ entering[depth].mT)) @ errors[depth]
         x = z if rates.carry is None else z + rates.carry.repeat(repeats) * (x @ surprise[depth])
-    heads = x.unflatten(3, (-1, size)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # [B, H, front + S + .., V]
+    heads = (
+        _added(asked, x, gain).unflatten(3, (-1, size)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    )  # [B, H, front + S + .., V]
     return heads[:, :, front : front + length].transpose(1, 2).to(q.dtype), state
 
 
@@ -160,26 +164,38 @@ def _products(log: Tensor) -> Tensor:
     return (total[..., :, None] - total[..., None, :]).masked_fill(future, -math.inf).exp()
 
 
-def _gradients(weights: Layers, k: Tensor, v: Tensor) -> tuple[Layers, Layers]:
+def _gradients(weights: Layers, k: Tensor, v: Tensor, gain: Tensor | None) -> tuple[Layers, Layers]:
     """What enters every layer, and its error d, at each position: the gradient of |M(k) - v|^2 is x_j d_j^T."""
     entering, before = [k], []
     for weight in weights[:-1]:
         z = entering[-1] @ weight
-        x, scale = _squash(F.silu(z))
-        entering.append(x)
-        before.append((z, scale))
-    errors = [2 * (entering[-1] @ weights[-1] - v)]
+        entering.append(F.gelu(z))
+        before.append(z)
+    y = entering[-1] @ weights[-1]
+    if gain is None:
+        errors = [2 * (y - v)]
+    else:
+        normed, scale = _normed(y)
+        gain = gain[:, None]
+        error = 2 * gain * (k + gain * normed - v)
+        errors = [scale * (error - error.mean(-1, keepdim=True) - normed * (normed * error).mean(-1, keepdim=True))]
     for depth in range(len(before), 0, -1):
-        x, (z, scale), error = entering[depth], before[depth - 1], errors[-1] @ weights[depth].mT
-        error, gate = scale * (error - x * (x * error).sum(-1, keepdim=True)), z.sigmoid()
-        errors.append(error * (gate + z * gate * (1 - gate)))
+        z, error = before[depth - 1], errors[-1] @ weights[depth].mT
+        slope = (1 + torch.erf(z / math.sqrt(2))) / 2 + z * (-z.square() / 2).exp() / math.sqrt(2 * math.pi)  # of GELU
+        errors.append(error * slope)
     return tuple(entering), tuple(reversed(errors))
 
 
-def _squash(a: Tensor) -> tuple[Tensor, Tensor]:
-    """a / sqrt(1 + |a|^2) in the last axis, and 1 / sqrt(1 + |a|^2)."""
-    scale = (1 + a.square().sum(-1, keepdim=True)).rsqrt()
-    return a * scale, scale
+def _normed(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Layer norm of y in the last axis, without weights, and 1 / standard deviation."""
+    y = y - y.mean(-1, keepdim=True)
+    scale = (y.square().mean(-1, keepdim=True) + 0.1).rsqrt()  # with 1e-5 forgetting shrinks y until rounding decides
+    return y * scale, scale
+
+
+def _added(x: Tensor, y: Tensor, gain: Tensor | None) -> Tensor:
+    """x + gain * LN(y) for x [B, G, .., V] and gain [G, V]; None: y."""
+    return y if gain is None else x + gain.view(-1, *[1] * (x.dim() - 3), gain.shape[-1]) * _normed(y)[0]
 
 
 def _chunked(x: Tensor, front: int, size: int) -> Tensor:
@@ -201,7 +217,7 @@ class MemoryGate(nn.Module):
     Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, section 4.2: both are normalised with learned
     weights, and a non-linearity follows. Differs: the paper says neither which nor on what. SiLU of the memory, ours,
     lets it change the sign and the size of y, where a sigmoid can only fade it and recalls less; b starts at one, so
-    that y passes by a memory that is still empty.
+    that y passes by a matrix that is still empty.
     """
 
     def __init__(self, dim: int):

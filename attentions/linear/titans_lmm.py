@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -28,25 +29,25 @@ class TitansLMM(QKVAttention):
 
     Step theta, momentum eta and forgetting alpha are sigmoids of linear maps of the input, one per position and head.
     q, k and v pass a short causal convolution and SiLU; q and k are then set to unit length. The output has an RMS norm
-    per head and a sigmoid gate. Grouped heads share a network. 5 M^2 parameters and small ones.
+    per head and a sigmoid gate. Grouped heads share a network. 5 M^2 parameters and small ones; a network of
+    two layers adds 8 D^2 a head.
 
     Noncausal: it learns from either end with the same weights, and what the two read is averaged. Cross: it learns from
     the context, in order, and every query reads the network after the last position.
 
     Args:
-        depth: layers of the network, 1 for a matrix; D x D each, where they start is learned.
+        depth: layers of the network. 1: a matrix D x D; else q + g LN(..), 4 D wide inside, theta at most 1 / 4 D.
         momentum: whether a surprise outlives its position; False: eta = 0, gradient descent with weight decay.
         chunk_size: positions whose gradients are taken at the same weights.
         conv_size: kernel of the short convolutions, in positions.
 
-    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, sections 3.1, 3.2 and 4.4; chunk and kernel: the
-    NeurIPS 2025 version, section 3.3 and appendix E.1. There is no official code. Differs: the network of the NeurIPS
-    version is k + LN(W_1 GELU(W_2 k)), 4 times as wide inside, of two layers by default; it forgets channel by channel
-    and has rates for each layer. Ours has no residual, LN or wider layer, its hidden layers are SiLU and drawn into the
-    unit ball (else gradient descent on them explodes), and its layers share a scalar alpha, as in the first version,
-    theta and eta. A network for each head, a last layer that starts at zero and the initial rates are ours: neither
-    version gives them. Rotary positions, where the backbone asks for them, turn the unit vectors. Noncausal and cross
-    forms are ours.
+    Source: Behrouz et al. 2024, https://arxiv.org/abs/2501.00663, sections 3.1, 3.2 and 4.4; network, chunk and kernel:
+    the NeurIPS 2025 version, section 3.3 and appendix E.1. There is no official code. Differs: that version forgets
+    channel by channel and has rates for each layer of the network; ours share a scalar alpha, as in the first version,
+    theta and eta. Its network is x + LN(W_1 GELU(W_2 x)), by default of two layers. Ours, as neither version gives it:
+    one layer is the matrix W of section 3.2, more than two repeat the hidden one, g is learned in training alone, a
+    network for each head, starts, initial rates, the bound of theta and LN's epsilon of 0.1. Rotary positions, where a
+    backbone asks for them, turn the unit vectors. Noncausal and cross forms are ours.
     """
 
     patterns = Pattern.ALL
@@ -65,11 +66,15 @@ class TitansLMM(QKVAttention):
         self.query_conv = DepthwiseConv(self.q_proj.out_features, conv_size)
         self.conv = DepthwiseConv(self.k_proj.out_features + self.v_proj.out_features, conv_size)
         self.rate_proj = nn.Linear(spec.dim, (2 + momentum) * groups, bias=False)
-        # theta, alpha, eta to begin with: a chunk of equal keys must not overshoot
+        # theta / max_step, alpha, eta to begin with: a chunk of equal keys must not overshoot
         rates = torch.tensor([0.5 / chunk_size, 0.01, 0.5])[: 2 + momentum]
         self.rate_bias = nn.Parameter(rates.logit().repeat_interleave(groups))
-        self.start = nn.ParameterList(torch.randn(groups, width, width) for _ in range(depth - 1))
-        self.start.append(torch.zeros(groups, width, width))
+        widths = [width, *[4 * width] * (depth - 1), width]
+        sizes = [1, *widths[1:-1]]  # of what enters a layer, squared: unit keys, then activations of order one
+        self.max_step = 1 / sizes[-1]  # what enters scales the gradient: longer steps explode
+        starts = [torch.randn(groups, *pair) / size**0.5 for pair, size in zip(pairwise(widths), sizes, strict=True)]
+        self.start = nn.ParameterList(starts if depth > 1 else [torch.zeros(groups, width, width)])
+        self.gain = nn.Parameter(torch.ones(groups, width)) if depth > 1 else None
         self.gate_proj = nn.Linear(spec.dim, spec.dim, bias=False)
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
@@ -87,7 +92,7 @@ class TitansLMM(QKVAttention):
     def terms(self, source: Tensor) -> dict[str, Tensor]:
         logits = wide(self.rate_proj(source)) + wide(self.rate_bias)
         step, forget, *momentum = logits.split(self.spec.kv_heads, dim=-1)
-        terms = {"step": step.sigmoid(), "log_keep": F.logsigmoid(-forget)}
+        terms = {"step": self.max_step * step.sigmoid(), "log_keep": F.logsigmoid(-forget)}
         return {**terms, "log_momentum": F.logsigmoid(momentum[0])} if momentum else terms
 
     def merge(self, x: Tensor, heads: Tensor) -> Tensor:
@@ -123,7 +128,7 @@ class TitansLMM(QKVAttention):
         self, state: LMMState, k: Tensor, v: Tensor, q: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor
     ) -> tuple[Tensor, LMMState]:
         with torch.autocast(k.device.type, enabled=False):
-            return learn(state, k, v, q, key_mask=key_mask, chunk_size=self.chunk_size, **terms)
+            return learn(state, k, v, q, key_mask=key_mask, chunk_size=self.chunk_size, gain=self._gain(), **terms)
 
     def update(self, state: State, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, **terms: Tensor) -> State:
         assert isinstance(state, LMMState)
@@ -133,7 +138,10 @@ class TitansLMM(QKVAttention):
     def read(self, q: Tensor, state: State) -> Tensor:
         assert isinstance(state, LMMState)
         with torch.autocast(q.device.type, enabled=False):
-            return predict(state.weights, q)
+            return predict(state.weights, q, self._gain())
+
+    def _gain(self) -> Tensor | None:
+        return None if self.gain is None else wide(self.gain)
 
     def init_state(self, batch_size: int, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> LMMState:
         seen = None if context is None else masked(context, key_mask)

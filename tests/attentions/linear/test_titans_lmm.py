@@ -15,17 +15,17 @@ from attentions.linear.titans_lmm import TitansLMM
 B, T, G, H, D, M = 2, 13, 2, 4, 5, 20
 
 
-def answer(weights, x):
-    """M(x): matrices from the right, and between them SiLU, drawn into the unit ball."""
+def answer(weights, x, gain=None):
+    """M(x): matrices from the right, and between them GELU; with a gain x + gain * LN(..)."""
+    y = x
     for depth, weight in enumerate(weights):
         if depth:
-            a = F.silu(x)
-            x = a / (1 + (a * a).sum()).sqrt()
-        x = x @ weight
-    return x
+            y = y * (1 + torch.erf(y / 2**0.5)) / 2
+        y = y @ weight
+    return y if gain is None else x + gain * (y - y.mean()) / (y.var(correction=0) + 0.1).sqrt()
 
 
-def naive_learn(weights, k, v, step, keep, momentum, chunk_size, visible=None):
+def naive_learn(weights, k, v, step, keep, momentum, chunk_size, visible=None, gain=None):
     """Weights after each position of one head, eq. 12 to 14, with gradients at the weights before the chunk."""
     surprise, after = [torch.zeros_like(w) for w in weights], []
     for t in range(len(k)):
@@ -33,7 +33,7 @@ def naive_learn(weights, k, v, step, keep, momentum, chunk_size, visible=None):
             start = weights
         if visible is None or visible[t]:
             leaf = [w if w.requires_grad else w.clone().requires_grad_() for w in start]
-            loss = (answer(leaf, k[t]) - v[t]).square().sum()
+            loss = (answer(leaf, k[t], gain) - v[t]).square().sum()
             gradient = torch.autograd.grad(loss, leaf, create_graph=True)
             surprise = [momentum[t] * s - step[t] * g for s, g in zip(surprise, gradient, strict=True)]
             weights = [keep[t] * w + s for w, s in zip(weights, surprise, strict=True)]
@@ -64,7 +64,7 @@ def begun(start):
     return NeuralState(weights=weights, start=weights, surprise=tuple(torch.zeros_like(w) for w in weights))
 
 
-def naive(start, heads, rates, chunk_size, mask=None):
+def naive(start, heads, rates, chunk_size, mask=None, gain=None):
     rows = []
     for b in range(B):
         for h in range(H):
@@ -76,8 +76,13 @@ def naive(start, heads, rates, chunk_size, mask=None):
                 *(rates[name][b, :, g].exp() for name in ("log_keep", "log_momentum")),
                 chunk_size,
                 None if mask is None else mask[b],
+                None if gain is None else gain[g],
             )
-            rows.append(torch.stack([answer(w, heads["q"][b, t, h]) for t, w in enumerate(after)]))
+            rows.append(
+                torch.stack(
+                    [answer(w, heads["q"][b, t, h], None if gain is None else gain[g]) for t, w in enumerate(after)]
+                )
+            )
     return torch.stack(rows).reshape(B, H, -1, D).transpose(1, 2)
 
 
@@ -86,21 +91,22 @@ def naive(start, heads, rates, chunk_size, mask=None):
 def test_chunks_equal_one_position_at_a_time_with_gradients_at_the_start_of_the_chunk(depth, chunk_size, agree):
     start, heads, rates = case(depth)
     inputs = [*start, *heads.values(), *rates.values()]
-    agree(
-        lambda: learn(begun(start), **heads, **rates, chunk_size=chunk_size)[0],
-        lambda: naive(start, heads, rates, chunk_size),
-        inputs,
-    )
+    for gain in (None, random(G, D, seed=8)):
+        agree(
+            lambda gain=gain: learn(begun(start), **heads, **rates, chunk_size=chunk_size, gain=gain)[0],
+            lambda gain=gain: naive(start, heads, rates, chunk_size, gain=gain),
+            inputs if gain is None else [*inputs, gain],
+        )
 
 
 def test_a_masked_position_changes_nothing_and_counts_as_a_place(agree):
     start, heads, rates = case(2)
-    mask = random(B, T, seed=7) > -0.3
+    mask, gain = random(B, T, seed=7) > -0.3, random(G, D, seed=8)
     assert not mask.all()
     agree(
-        lambda: learn(begun(start), **heads, **rates, chunk_size=4, key_mask=mask)[0],
-        lambda: naive(start, heads, rates, 4, mask),
-        [*start, *heads.values(), *rates.values()],
+        lambda: learn(begun(start), **heads, **rates, chunk_size=4, key_mask=mask, gain=gain)[0],
+        lambda: naive(start, heads, rates, 4, mask, gain),
+        [*start, *heads.values(), *rates.values(), gain],
     )
 
 
@@ -216,14 +222,22 @@ def run(layer, source, queries, visible, groups, width, cross):
             [start[g] for start in layer.start],
             F.normalize(k[:, own], dim=-1),
             v[:, own],
-            rates[:, 0, g],
+            rates[:, 0, g] / (1 if len(layer.start) == 1 else 4 * width),
             1 - rates[:, 1, g],
             momentum,
             layer.chunk_size,
             visible,
+            layer.gain[g] if len(layer.start) > 1 else None,
         )
         asked = F.normalize(q[:, h * width : (h + 1) * width], dim=-1)
-        heads.append(torch.stack([answer(after[-1 if cross else t], asked[t]) for t in range(len(queries))]))
+        heads.append(
+            torch.stack(
+                [
+                    answer(after[-1 if cross else t], asked[t], layer.gain[g] if len(layer.start) > 1 else None)
+                    for t in range(len(queries))
+                ]
+            )
+        )
     return torch.stack(heads, 1)
 
 
@@ -274,7 +288,7 @@ def test_decoding_goes_on_from_a_prompt_that_ends_anywhere_in_a_chunk(first, mak
         output, state = layer.step(x[:, t : t + 1], state)
         got = torch.cat([got, output], 1)
     torch.testing.assert_close(got, layer(x))
-    per_sequence = 3 * 2 * 2 * D * D + 3 * M  # weights, start, surprise of two layers and two heads; the tail
+    per_sequence = 3 * 2 * 2 * D * 4 * D + 3 * M  # weights, start, surprise of two layers and two heads; the tail
     assert state.nbytes == 8 * B * per_sequence and layer.state_bytes(11) == 4 * per_sequence
 
 
@@ -286,8 +300,10 @@ def test_what_it_starts_with_and_weighs():
     assert sum(parameter.numel() for parameter in layer.parameters()) == 5 * 64**2 + small
     deep = TitansLMM(LayerSpec(dim=64, num_heads=2, causal=True), depth=2, momentum=False)
     assert len(deep.start) == 2 and deep.rate_proj.out_features == 4
-    assert deep.state_bytes(7) == 4 * (2 * 2 * 2 * 32 * 32 + 3 * 64)
-    assert math.isclose(deep.start[0].std().item(), 1, rel_tol=0.1)
+    assert [start.shape for start in deep.start] == [(2, 32, 128), (2, 128, 32)] and deep.gain.eq(1).all()
+    assert deep.state_bytes(7) == 4 * (2 * 2 * 2 * 32 * 128 + 3 * 64)
+    for start, std in zip(deep.start, (1, 128**-0.5), strict=True):
+        assert math.isclose(start.std().item(), std, rel_tol=0.1)
 
 
 @pytest.mark.parametrize("name", ["depth", "chunk_size"])

@@ -56,7 +56,7 @@ def naive(layer, x, mask=None):
     for start in range(0, x.shape[1], C):
         stop = min(start + C, x.shape[1])
         weights = learned(memory, rows, start, mask)
-        h = memory.merge(x, predict(weights, memory.query(x)))
+        h = memory.merge(x, predict(weights, memory.query(x), memory.gain))
         segment = []
         for t in range(start, stop):
             read = [u for u in range(start, stop) if two_sided or u <= t]
@@ -72,7 +72,7 @@ def naive(layer, x, mask=None):
     for t in range(x.shape[1]):
         start = t // C * C
         weights = learned(memory, rows, min(start + C, x.shape[1]) if late else start, mask)
-        outputs.append(gated(layer, rows, memory.merge(rows, predict(weights, memory.query(rows))))[:, t])
+        outputs.append(gated(layer, rows, memory.merge(rows, predict(weights, memory.query(rows), memory.gain)))[:, t])
     return torch.stack(outputs, 1)
 
 
@@ -117,13 +117,13 @@ def test_cross_attention_asks_a_memory_of_the_context(causal, make, agree):
     def want():
         memory, source = layer.memory, context * mask[..., None]
         weights = learned(memory, source, 9, mask)
-        h = memory.merge(x, predict(weights, memory.query(x)))
+        h = memory.merge(x, predict(weights, memory.query(x), memory.gain))
         y = [
             torch.stack([attended(layer.mixer, x[b, t], [*layer.persistent, h[b, t], x[b, t]]) for t in range(5)])
             for b in range(B)
         ]
         y = torch.stack(y)
-        return gated(layer, y, memory.merge(y, predict(weights, memory.query(y))))
+        return gated(layer, y, memory.merge(y, predict(weights, memory.query(y), memory.gain)))
 
     agree(lambda: layer(x, context, key_mask=mask), want, [x, context, *layer.parameters()])
 
