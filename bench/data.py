@@ -2,9 +2,10 @@
 
 `python -m bench.data fetch NAME ...` brings real data to this machine, `python -m bench.data sources` lists them.
 
-Prints one line per split and segment; hashes are the sha256 of inputs and labels as little-endian int64
-in C order. With save=FOLDER each segment becomes FOLDER/SPLIT_INDEX.npz with `inputs` [N, L] and
-`labels` [N, L] (-100 where nothing is asked), in the smallest integer type that the task uses.
+Prints one line per split and segment; hashes are the sha256 of inputs and labels as little-endian int64, float32 where
+they are real numbers, in C order. With save=FOLDER each segment becomes FOLDER/SPLIT_INDEX.npz with `inputs` [N, L] and
+`labels` [N, L] (-100 where nothing is asked), in the smallest type that holds them, and where there are any `context`
+[N, S], `key_mask` and `context_mask`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ COLUMNS = (
     "inputs sha256",
     "labels sha256",
 )
+OPTIONAL = ("context", "key_mask", "context_mask")
 
 
 def main() -> int:
@@ -40,6 +42,8 @@ def main() -> int:
         return fetch(sys.argv[2:])
     if sys.argv[1:] == ["sources"]:
         return show_sources()
+    if sys.argv[1:] and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
+        raise errors.unknown("command", sys.argv[1], ["fetch", "sources"], "A task is given by task=NAME")
     overrides, folder = read_arguments(sys.argv[1:])
     choice = compose(overrides)
     if len(choice.seeds) > 1:
@@ -102,10 +106,14 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 def generate(task: Any, seed: int, folder: Path | None) -> Iterator[tuple[Any, ...]]:
     """Rows of the table, one per segment; seconds are those of the whole split, on its first line."""
     from tasks.base import IGNORE, SPLITS
+    from tasks.sources import MissingData
 
     for split in SPLITS:
         start = time.perf_counter()
-        segments = task.segments(split, seed)
+        try:
+            segments = task.segments(split, seed)
+        except MissingData as error:
+            raise UserError(str(error)) from error
         seconds = f"{time.perf_counter() - start:.2f}"
         for index, segment in enumerate(segments):
             pairs = segment.slices["pairs"].unique().tolist() if "pairs" in segment.slices else []
@@ -133,9 +141,13 @@ def save(path: Path, segment: Any) -> None:
     """
     import numpy as np
 
-    inputs = segment.inputs.numpy()
+    labels = segment.labels().numpy()
+    if labels.dtype.kind == "i":
+        labels = labels.astype(np.result_type(np.min_scalar_type(labels.min()), np.min_scalar_type(labels.max())))
+    tensors = {"inputs": segment.inputs, **{name: getattr(segment, name) for name in OPTIONAL}}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
     buffer = io.BytesIO()
-    np.savez(buffer, inputs=inputs, labels=segment.labels().numpy().astype(inputs.dtype))
+    np.savez(buffer, labels=labels, **arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.replace(path, buffer.getvalue())

