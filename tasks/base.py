@@ -31,9 +31,10 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Vectors:
-    """Real inputs: `dim` numbers at every position, float32."""
+    """Real inputs: `dim` numbers at every position, float32; the last `num_marks` of them tell the time."""
 
     dim: int
+    num_marks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
