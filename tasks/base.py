@@ -59,6 +59,13 @@ class Values:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """One class out of `num_classes` at every labelled position, all of them read from the last position's state."""
+
+    num_classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metric:
     """Unit and direction of a metric."""
 
@@ -85,7 +92,7 @@ class TaskSpec:
     """
 
     inputs: Tokens | Vectors
-    output: PerToken | PerSequence | Values
+    output: PerToken | PerSequence | Values | Reconstruction
     length: int
     causal: bool
     metrics: Mapping[str, Metric]

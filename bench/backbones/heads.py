@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tasks.base import PerSequence, TaskSpec, Values
+from bench.backbones.reconstruction import ReconstructionHead
+from tasks.base import PerSequence, Reconstruction, TaskSpec, Values
 
 POOLINGS = ("mean", "first", "last")
 
@@ -86,8 +87,10 @@ class SequenceHead(nn.Module):
 
 def make_head(
     spec: TaskSpec, norm: nn.Module, dim: int, pooling: str, tied: nn.Module | None
-) -> TokenHead | SequenceHead:
-    """The head of a task's output; one label per sequence has classes of its own, so nothing is tied."""
+) -> TokenHead | SequenceHead | ReconstructionHead:
+    """The head of a task's output; where it reads a state rather than tokens, nothing is tied."""
+    if isinstance(spec.output, Reconstruction):
+        return ReconstructionHead(spec, norm, dim)
     if isinstance(spec.output, PerSequence):
         return SequenceHead(spec, norm, dim, pooling)
     return TokenHead(spec, norm, dim, tied)
