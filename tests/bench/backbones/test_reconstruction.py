@@ -42,8 +42,8 @@ def test_the_last_state_is_the_last_unmasked_one():
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 4:] = False
     both = head()(x, None, mask)
-    assert torch.equal(both[0], head()(x[:1])[0])
-    assert torch.equal(both[1, :4], head()(x[1:, :4])[0])
+    torch.testing.assert_close(both[0], head()(x[:1])[0])
+    torch.testing.assert_close(both[1, :4], head()(x[1:, :4])[0])
 
 
 def test_answers_come_in_the_order_of_the_positions():
@@ -51,7 +51,8 @@ def test_answers_come_in_the_order_of_the_positions():
     everywhere = head()(x)
     assert everywhere.shape == (2, 7, 3)
     picked = head()(x, torch.tensor([[6, 0], [2, 2]]))
-    assert torch.equal(picked[0], everywhere[0, [6, 0]]) and torch.equal(picked[1], everywhere[1, [2, 2]])
+    torch.testing.assert_close(picked[0], everywhere[0, [6, 0]])
+    torch.testing.assert_close(picked[1], everywhere[1, [2, 2]])
 
 
 def test_sinusoids_match_the_formula():
