@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-SUITE  ?= recall
+SUITE  ?= auto
 DEVICE ?= auto
 
 # only what was set on the command line is handed on; the rest is the suite's
@@ -17,7 +17,7 @@ CHOICES := $(if $(TASK),task=$(TASK)) $(if $(PATTERN),pattern=$(PATTERN)) $(if $
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
-	@echo "  settings: TASK=mqar PATTERN=causal_cross SUITE=$(SUITE) ATTENTION=softmax,based BACKBONE=decoder BUDGET=small SEEDS=3 DEVICE=cpu RESULTS=folder ARGS='key=value ...'"
+	@echo "  settings: TASK=mqar PATTERN=causal_cross SUITE=recall ATTENTION=softmax,based BACKBONE=decoder BUDGET=small SEEDS=3 DEVICE=cpu RESULTS=folder ARGS='key=value ...'"
 
 setup: .venv/.ready  ## make .venv from requirements.lock (done by every other target when needed)
 

@@ -14,6 +14,7 @@ from bench.errors import UserError
 from bench.expand import seeds_as_one
 from bench.plan import Cell
 from bench.store import Store
+from bench.suites import completed
 
 jobs: list[Choice] = []
 mistakes: list[UserError] = []  # raised inside Hydra they would come with a preface of Hydra's own
@@ -33,21 +34,20 @@ def main() -> int:
             raise UserError(
                 f"--{flag.replace('_', '-')} is refused; put YAMLs of yours into a folder and type --config-dir FOLDER"
             )
-    check_overrides(arguments.overrides, arguments.config_dir)
-    words = [seeds_as_one(text) for text in sys.argv[1:]]
+    own = [seeds_as_one(text) for text in arguments.overrides]
+    overrides = completed(own, arguments.config_dir)
+    check_overrides(overrides, arguments.config_dir)
+    flags = [text for text in sys.argv[1:] if seeds_as_one(text) not in own]
     with tempfile.TemporaryDirectory() as scratch:  # Hydra leaves a multirun.yaml; ours is the config in each record
-        if not any("hydra/launcher=" in word for word in words):
-            first = next(
-                (i for i, word in enumerate(words) if word in map(seeds_as_one, arguments.overrides)), len(words)
-            )
-            words[first:first] = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
-        sys.argv, typed = [sys.argv[0], *words], sys.argv
+        if not any("hydra/launcher=" in text for text in overrides):
+            overrides[:0] = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+        sys.argv, typed = [sys.argv[0], *flags, *overrides], sys.argv
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
         except (UserError, KeyboardInterrupt, BrokenPipeError):
             raise
         except Exception as error:
-            raise explain(error, arguments.overrides, arguments.config_dir) from error
+            raise explain(error, overrides, arguments.config_dir) from error
         finally:
             sys.argv = typed
     for mistake in mistakes:

@@ -124,6 +124,9 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Choice:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
+    from bench.suites import completed  # which itself needs this module
+
+    overrides = completed(overrides, config_dir)
     check_overrides(overrides, config_dir)
     overrides = [*overrides, *([f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else [])]
     try:

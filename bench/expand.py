@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.config import CONF, Choice, check_overrides, choice, explain
+from bench.suites import completed
 
 
 def seeds_as_one(text: str) -> str:
@@ -30,7 +31,7 @@ def expand(overrides: Sequence[str], config_dir: str | None = None) -> list[Choi
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    overrides = [seeds_as_one(text) for text in overrides]
+    overrides = completed([seeds_as_one(text) for text in overrides], config_dir)
     check_overrides(overrides, config_dir)
     overrides += [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:

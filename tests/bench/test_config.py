@@ -35,7 +35,7 @@ def message(*overrides, folder=None):
             'unknown attention "sofmax"; nearest: softmax. All of them: python -m bench.list attentions',
         ),
         ("task=mqr", 'unknown task "mqr"; nearest: mqar'),
-        ("backbone=decodr", 'unknown backbone "decodr"; nearest: decoder, encoder, conv_decoder'),
+        ("backbone=decodr", 'unknown backbone "decodr"; nearest: decoder, encoder'),
         ("budget=smal", 'unknown budget "smal"; nearest: small'),
         ("suite=recal", 'unknown suite "recal"; nearest: recall'),
         ("attention=null", 'unknown attention "None"; nearest: none'),

@@ -1,0 +1,47 @@
+"""Which suite and which backbone a task implies."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.config import compose
+from bench.errors import UserError
+from bench.expand import expand
+from bench.suites import backbone_of, completed, suite_of
+
+
+def test_a_task_belongs_to_the_suite_that_names_it_or_one_of_its_class():
+    assert suite_of("mqar") == "recall"  # several name it: the first of all goes before the others
+    assert suite_of("digits") == "images"
+    assert suite_of("mqar_large") == "recall"  # named by none, of mqar's class
+    assert suite_of("recall_causal_cross") == "recall"  # nowhere at all
+
+
+def test_auto_becomes_the_suite_and_leaves_the_rest():
+    assert completed(["suite=auto", "task=digits", "seed=0"]) == ["suite=images", "task=digits", "seed=0"]
+    assert completed(["suite=auto"]) == ["suite=recall"]
+
+
+def test_a_task_alone_brings_the_backbone_of_its_suite():
+    assert completed(["task=digits"]) == ["task=digits", f"backbone={backbone_of('digits')}"]
+    assert completed(["task=mqar"]) == ["task=mqar"]
+    for chosen in ("backbone=encoder", "suite=images", "pattern=causal_self"):
+        assert completed(["task=digits", chosen]) == ["task=digits", chosen]
+
+
+def test_tasks_of_different_suites_ask_for_a_backbone():
+    with pytest.raises(UserError, match=r"no backbone in common .*type backbone=NAME"):
+        completed(["task=digits,mqar"])
+
+
+def test_status_and_single_runs_see_the_same_backbone():
+    assert compose(["task=digits"]).names["backbone"] == "image_encoder"
+    assert {choice.names["backbone"] for choice in expand(["task=digits", "attention=softmax,none"])} == {
+        "image_encoder"
+    }
+
+
+def test_an_unknown_task_is_left_to_the_usual_error():
+    assert completed(["task=diggits"]) == ["task=diggits"]
+    with pytest.raises(UserError, match="nearest: digits"):
+        compose(["task=diggits"])
