@@ -19,6 +19,7 @@ from torch import Tensor
 from tasks import _cache
 
 SPLITS = "train", "valid", "test"
+HASHED = 1024  # rows that are hashed at a time: as int64, a data set of bytes can be larger than the memory
 IGNORE = -100  # a target that is not scored: padding among the labelled positions
 
 
@@ -166,14 +167,23 @@ class Batch:
 
     def sha256(self) -> dict[str, str]:
         """Hashes of inputs, labels and the context, if any, as buffers in C order; see `sha256`."""
-        hashes = {"inputs": sha256(self.inputs), "labels": sha256(self.labels())}
+        parts = (slice(start, start + HASHED) for start in range(0, len(self), HASHED))
+        labels = _digest(self._map(lambda tensor, rows=rows: tensor[rows]).labels() for rows in parts)
+        hashes = {"inputs": sha256(self.inputs), "labels": labels}
         return hashes if self.context is None else {**hashes, "context": sha256(self.context)}
 
 
 def sha256(tensor: Tensor) -> str:
     """Hash of a tensor as a little-endian buffer in C order, int64 or, of real numbers, float32."""
-    kind = "<f4" if tensor.is_floating_point() else "<i8"
-    return hashlib.sha256(np.ascontiguousarray(tensor.cpu().numpy(), dtype=kind).tobytes()).hexdigest()
+    return _digest(tensor.split(HASHED) if tensor.dim() else [tensor])
+
+
+def _digest(parts: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        kind = "<f4" if part.is_floating_point() else "<i8"
+        digest.update(np.ascontiguousarray(part.cpu().numpy(), dtype=kind))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
