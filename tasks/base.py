@@ -167,9 +167,11 @@ class Batch:
 
     def sha256(self) -> dict[str, str]:
         """Hashes of inputs, labels and the context, if any, as buffers in C order; see `sha256`."""
-        parts = (slice(start, start + HASHED) for start in range(0, len(self), HASHED))
-        labels = _digest(self._map(lambda tensor, rows=rows: tensor[rows]).labels() for rows in parts)
-        hashes = {"inputs": sha256(self.inputs), "labels": labels}
+
+        def labels(start: int) -> Tensor:
+            return self._map(lambda tensor: tensor[start : start + HASHED]).labels()
+
+        hashes = {"inputs": sha256(self.inputs), "labels": _digest(map(labels, range(0, len(self), HASHED)))}
         return hashes if self.context is None else {**hashes, "context": sha256(self.context)}
 
 
@@ -182,7 +184,7 @@ def _digest(parts: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         kind = "<f4" if part.is_floating_point() else "<i8"
-        digest.update(np.ascontiguousarray(part.cpu().numpy(), dtype=kind))
+        digest.update(np.ascontiguousarray(part.cpu().numpy(), dtype=kind).data)
     return digest.hexdigest()
 
 
