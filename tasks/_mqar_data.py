@@ -163,7 +163,7 @@ def published(segment: Segment, vocab_size: int, power_a: float, seed: int, fill
     half, dtype = vocab_size // 2, token_dtype(vocab_size, segment.length)
     keys = 1 + _first_of_permutations(random, segment, half - 1).astype(dtype)
     values = half + _first_of_permutations(random, segment, half).astype(dtype)
-    slots = _power_law_slots(random, segment, power_a)
+    slots = power_law_slots(random, segment.num_examples, segment.num_pairs, segment.slot_weights(power_a))
 
     def chunks() -> Iterator[Rows]:
         for now, tokens in _stream(segment, vocab_size, filler):
@@ -197,18 +197,17 @@ def _first_of_permutations(random: np.random.RandomState, segment: Segment, popu
     return first
 
 
-def _power_law_slots(random: np.random.RandomState, segment: Segment, power_a: float) -> Array:
-    """[N, K] slots as legacy `choice` with probabilities draws them: in rounds, each dropping what repeats."""
-    weights = segment.slot_weights(power_a)
+def power_law_slots(random: np.random.RandomState, n: int, count: int, weights: NDArray[np.float64]) -> Array:
+    """[n, count] slots as legacy `choice` with probabilities draws them: in rounds, each dropping what repeats."""
     first_round = weights.cumsum() / weights.cumsum()[-1]
-    slots = np.empty((segment.num_examples, segment.num_pairs), np.int32)
+    slots = np.empty((n, count), np.int32)
     for row in slots:
         found: dict[int, None] = {}  # an ordered set
         distribution = first_round
         while True:
-            uniforms = random.random_sample(segment.num_pairs - len(found))
+            uniforms = random.random_sample(count - len(found))
             found.update(dict.fromkeys(distribution.searchsorted(uniforms, side="right").tolist()))
-            if len(found) == segment.num_pairs:
+            if len(found) == count:
                 break
             left = weights.copy()
             left[list(found)] = 0

@@ -24,18 +24,18 @@ def recall_scores(predictions: Tensor, segment: Batch) -> list[Score]:
     per_example = correct.sum(1).double() / labelled.sum(1)
     scores = [Score(metric="accuracy", value=per_example.mean().item(), count=len(segment))]
     length, pairs = segment.slices["length"].long(), segment.slices["pairs"].long()
-    scores += _by("segment", length << 32 | pairs, per_example, lambda cell: f"{cell >> 32}x{cell & 0xFFFFFFFF}")
-    scores += _by("length", length, per_example, str)
-    scores += _by("pairs", pairs, per_example, str)
+    scores += by_group("segment", length << 32 | pairs, per_example, lambda cell: f"{cell >> 32}x{cell & 0xFFFFFFFF}")
+    scores += by_group("length", length, per_example, str)
+    scores += by_group("pairs", pairs, per_example, str)
     powers = 2 ** torch.arange(32)
     for name, values in segment.slices.items():
         if values.dim() == 2:
             bucket = torch.bucketize(values[labelled].long(), powers, right=True)
-            scores += _by(name, bucket, correct[labelled].double(), _power_range)
+            scores += by_group(name, bucket, correct[labelled].double(), power_range)
     return scores
 
 
-def _by(key: str, group: Tensor, value: Tensor, label: Callable[[int], str]) -> list[Score]:
+def by_group(key: str, group: Tensor, value: Tensor, label: Callable[[int], str]) -> list[Score]:
     """Mean of value [n] in each group [n]."""
     groups, member, count = group.unique(return_inverse=True, return_counts=True)
     mean = torch.bincount(member, weights=value) / count
@@ -45,7 +45,7 @@ def _by(key: str, group: Tensor, value: Tensor, label: Callable[[int], str]) -> 
     ]
 
 
-def _power_range(bucket: int) -> str:
+def power_range(bucket: int) -> str:
     """Bucket b > 0 holds 2^(b-1) .. 2^b - 1; bucket 0 holds 0."""
     first, last = 2**bucket // 2, 2**bucket - 1
     return str(first) if first == last else f"{first}-{last}"
