@@ -1,0 +1,238 @@
+"""What generated skills share: settings, splits that cannot meet, batches of one length, scores and trivial solvers."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import operator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tasks import _skill_solvers as solver
+from tasks._batches import in_order, merge, shuffled
+from tasks._mqar_segments import whole
+from tasks._recall_scores import by_group, power_range
+from tasks.base import IGNORE, SPLITS, Batch, Metric, Score, Task
+
+Array = NDArray[Any]
+Rows = dict[str, Array]  # inputs [n, L] or [n, L, F], labels [n, L], slices [n] or [n, L], by name
+PARTS = {"train": (0, 5), "valid": (6, 6), "test": (7, 7)}  # of the eight parts that a hash cuts all sequences into
+CHUNK = 2**18  # tokens drawn at a time; part of the data
+ACCURACY = {
+    "accuracy": Metric(unit="fraction", higher_is_better=True),
+    "loss": Metric(unit="nats", higher_is_better=False),
+}
+
+
+class Skill(Task):
+    """A task whose examples are drawn by a law, one segment per setting of a split.
+
+    Splits are disjoint by construction: a hash of its inputs puts every possible sequence into one of eight parts;
+    train takes what falls into six of them, valid and test take one each. What a segment holds depends on (task,
+    split, seed, its place in the list) alone, and a shorter segment is the beginning of a longer one.
+
+    Attributes:
+        answers: the tokens (first, last + 1) that trivial solvers choose from; None: they are not tokens of the input.
+        repeats: how often the input is read; labels stand in the last reading (Arora et al. 2024, JRT,
+            https://arxiv.org/abs/2407.05483, where the prompt is repeated).
+    """
+
+    answers: tuple[int, int] | None = None
+    repeats: int = 1
+    _settings: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    @property
+    def id(self) -> str:
+        return super().id + (f",repeats={self.repeats}" if self.repeats > 1 else "")
+
+    @abstractmethod
+    def _draw(self, rng: np.random.Generator, n: int, split: str, **setting: Any) -> Rows:
+        """n examples of a segment; `content` [n, C] stands for the inputs in the hash where those are not integers."""
+
+    def _given(self, split: str, seed: int) -> list[Batch] | None:
+        """The segments of a published draw; None: they are to be drawn by `_draw`."""
+        return None
+
+    def segments(self, split: str, seed: int) -> list[Batch]:
+        if split not in SPLITS:
+            raise ValueError(f'unknown split "{split}"; there are: {", ".join(SPLITS)}')
+        given = self._given(split, seed)
+        if given is None:
+            given = [self._segment(split, seed, i) for i in range(len(self._settings[split]))]
+        return [repeated(batch, self.repeats) for batch in given]
+
+    def batches(self, segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+        """One epoch, every example once, in batches of one length; in random order unless the generator is None."""
+        whole("batch_size", batch_size, 1)
+        if generator is None:
+            yield from in_order(segments, batch_size)
+            return
+        by_length: dict[int, list[Batch]] = {}
+        for segment in segments:
+            by_length.setdefault(segment.inputs.shape[1], []).append(segment)
+        yield from shuffled([merge(group) for group in by_length.values()], batch_size, generator)
+
+    def score(self, predictions: Tensor, segment: Batch) -> list[Score]:
+        """Accuracy of predictions [N, P]: the mean over examples of each example's share of right answers.
+
+        Per example (count: examples) by every slice [N], per answer by every slice [N, P]; `distance`, `order` and the
+        like in ranges of powers of two, `class` by name.
+        """
+        shape = segment.targets.shape
+        if predictions.shape != shape:
+            raise ValueError(f"predictions must be [N, P] = {list(shape)}, got {list(predictions.shape)}")
+        labelled = segment.targets != IGNORE
+        correct = (predictions == segment.targets) & labelled
+        per_example = correct.sum(1).double() / labelled.sum(1).clamp_min(1)
+        scores = [Score(metric="accuracy", value=per_example.mean().item(), count=len(segment))]
+        for name, values in segment.slices.items():
+            words = functools.partial(self._label, name)
+            if values.dim() == 1:
+                scores += by_group(name, values.long(), per_example, words)
+                continue
+            group, right = values[labelled].long(), correct[labelled].double()
+            if name == "class":
+                scores += by_group(name, group, right, words)
+            else:
+                powers = 2 ** torch.arange(32)
+                scores += by_group(name, torch.bucketize(group, powers, right=True), right, power_range)
+        return scores
+
+    def _label(self, name: str, value: int) -> str:
+        """A slice's value in words."""
+        return str(value)
+
+    def solvers(self, splits: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+        """Accuracy on `test` of those who do not understand the task, by name."""
+        fitted = solver.majority(splits["train"], self.answers)
+        found: dict[str, Callable[[Batch], Tensor]] = {"majority": lambda segment: fitted.expand(segment.targets.shape)}
+        if self.answers is not None:
+            found["most_frequent_answer"] = lambda segment: solver.most_frequent(segment, self.answers)
+            found["latest_answer"] = lambda segment: solver.latest(segment, self.answers)
+        found |= self._solvers()
+        return {name: self._accuracy(predict, splits["test"]) for name, predict in found.items()}
+
+    def _solvers(self) -> dict[str, Callable[[Batch], Tensor]]:
+        """Trivial solvers of one task, segment -> predictions [N, P]."""
+        return {}
+
+    def _accuracy(self, predict: Callable[[Batch], Tensor], segments: Sequence[Batch]) -> float:
+        whole_ones = [self.score(predict(segment), segment)[0] for segment in segments]
+        return sum(s.value * s.count for s in whole_ones) / sum(s.count for s in whole_ones)
+
+    def _generator(self, purpose: str, *parts: object) -> np.random.Generator:
+        text = f"{self.name} {purpose} {' '.join(map(str, parts))}"
+        return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest(), "little"))
+
+    def _segment(self, split: str, seed: int, index: int) -> Batch:
+        setting = dict(self._settings[split][index])
+        count = setting.pop("num_examples")
+        rng = self._generator("segment", split, f"seed={operator.index(seed)}", f"index={index}")
+        low, high = PARTS[split]
+        parts: list[Rows] = []
+        have, fruitless, n = 0, 0, 64
+        while have < count:
+            rows = self._draw(rng, n, split, **self._seeded(setting, seed))
+            n = max(64, CHUNK // rows["inputs"][0].size)
+            part = part_of(rows.pop("content", rows["inputs"]))
+            keep = np.flatnonzero((part >= low) & (part <= high))[: count - have]
+            fruitless = 0 if len(keep) else fruitless + 1
+            if fruitless == 100:
+                raise ValueError(
+                    f"{self.id} has too few different sequences to give {split} its own, at {setting}; "
+                    "type a larger length or vocabulary"
+                )
+            parts.append({name: array[keep] for name, array in rows.items()})
+            have += len(keep)
+        return as_batch({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    def _seeded(self, setting: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
+        """The setting of a segment with what all splits of a seed share."""
+        return setting
+
+
+def part_of(content: Array) -> Array:
+    """One of eight parts [n] for sequences of integers [n, L], by their content alone."""
+    flat = content.reshape(len(content), -1)
+    odd = np.random.default_rng(8).integers(2**63, size=flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    return ((flat.astype(np.uint64) + np.uint64(1)) * odd).sum(1, dtype=np.uint64) >> np.uint64(61)
+
+
+def as_batch(rows: Rows) -> Batch:
+    """Rows with a label, or IGNORE, at every position to a Batch of the labelled positions."""
+    labels = rows["labels"]
+    n, length = labels.shape
+    labelled = labels != IGNORE
+    width = int(labelled.sum(1).max())
+    columns = np.argsort(~labelled, axis=1, kind="stable")[:, :width]
+    targets = np.take_along_axis(labels, columns, 1)
+    positions = np.where(targets != IGNORE, columns, 0).astype(np.int16 if length < 2**15 else np.int32)
+    slices = {
+        name: values if values.ndim == 1 else np.take_along_axis(values, columns, 1)
+        for name, values in rows.items()
+        if name not in ("inputs", "labels")
+    }
+    slices["length"] = np.full(n, length, np.int32)
+    return Batch(
+        inputs=torch.from_numpy(rows["inputs"]),
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        slices={name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in slices.items()},
+    )
+
+
+def repeated(batch: Batch, times: int) -> Batch:
+    """The inputs read several times in a row, labels in the last reading."""
+    if times == 1:
+        return batch
+    length = batch.inputs.shape[1]
+    positions = batch.positions.long() + length * (times - 1)
+    positions = positions.masked_fill(batch.targets == IGNORE, 0)
+    small = torch.int16 if length * times < 2**15 else torch.int32
+    inputs = batch.inputs.repeat(1, times, *[1] * (batch.inputs.dim() - 2))
+    mask = None if batch.key_mask is None else batch.key_mask.repeat(1, times)
+    return replace(batch, inputs=inputs, positions=positions.to(small), key_mask=mask)
+
+
+def next_tokens(tokens: Array) -> Array:
+    """Labels of language modelling: [n, L] of the L + 1 tokens."""
+    return tokens[:, 1:].copy()
+
+
+def one_of(name: str, value: object, valid: Sequence[str]) -> None:
+    """Refuse an unknown word."""
+    if value not in valid:
+        near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.0)[0]
+        raise ValueError(f'unknown {name} "{value}"; nearest: {near}. All of them: {", ".join(valid)}')
+
+
+def read_settings(
+    splits: Mapping[str, object], names: Sequence[str], least: Mapping[str, int] | None = None
+) -> dict[str, list[dict[str, int]]]:
+    """Segments of every split, each a mapping of `names` and num_examples to whole numbers.
+
+    Raises:
+        ValueError: a split that is no list, a key that is missing or unknown, a number below `least` (1).
+    """
+    names = [*names, "num_examples"]
+    example = "{" + ", ".join(f"{name}: {1000 if name == 'num_examples' else 16}" for name in names) + "}"
+    settings: dict[str, list[dict[str, int]]] = {}
+    for split, given in splits.items():
+        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+            raise ValueError(f"{split} must be a list of segments such as [{example}], got {given!r}")
+        for i, item in enumerate(given):
+            where = f"{split}[{i}]"
+            if not isinstance(item, Mapping) or set(item) - set(names) or set(names) - set(item):
+                raise ValueError(f"{where} must have the keys of {example}, got {item!r}")
+            for name in names:
+                whole(f"{where}.{name}", item[name], (least or {}).get(name, 1))
+            settings.setdefault(split, []).append(dict(item))
+    return settings
