@@ -7,6 +7,7 @@ imported. Both are brought by one command; a run that lacks its data says which.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zipfile
 from functools import lru_cache
@@ -16,7 +17,7 @@ from typing import Any
 from tasks import _cache, _fetching
 from tasks._origins import SOURCES, Archive, Hub, MissingData, Source
 
-__all__ = ["SOURCES", "MissingData", "fetch", "is_here", "member", "members", "source", "table", "where"]
+__all__ = ["SOURCES", "MissingData", "contents", "fetch", "is_here", "member", "members", "source", "table", "where"]
 
 KINDS = {"parquet": "parquet", "csv": "csv", "tsv": "csv", "jsonl": "json", "json": "json"}  # suffix -> builder
 
@@ -173,6 +174,16 @@ def table(name: str, split: str, path: str | None = None) -> Any:
             cause = cause.__cause__
         why = (str(cause).splitlines() or [repr(cause)])[0]
         raise MissingData(f"cannot read {split} of {name} in {found}: {why}") from error
+
+
+def contents(rows: Any) -> str:
+    """sha256 of the values of a table, wherever it lies; for keys of what is made from it."""
+    digest = hashlib.sha256(repr(rows.features).encode())
+    for column in rows.data.columns:
+        for chunk in column.chunks:
+            for buffer in chunk.buffers():
+                digest.update(b"" if buffer is None else buffer)
+    return f"{digest.hexdigest()} {len(rows)}"
 
 
 def _read(folder: Path, names: list[str], hub: Hub, tables: Path) -> Any:
