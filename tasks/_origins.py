@@ -161,6 +161,26 @@ SOURCES: dict[str, Source] = {
             num_bytes=12_835_603,
         ),
     ),
+    "etth1": Source(
+        title="ETTh1, load and oil temperature of a transformer, 17,420 hours",
+        licence="CC BY-ND 4.0; cite Zhou et al. 2020",
+        origin=Hub(
+            repository="pkr7098/etth1",  # a copy of zhouhaoyi/ETDataset, whose own loader is a script
+            revision="main",
+            files={"train": "ETTh1.csv"},
+            num_bytes=2_600_000,
+        ),
+    ),
+    "etth2": Source(
+        title="ETTh2, load and oil temperature of another transformer, 17,420 hours",
+        licence="CC BY-ND 4.0; cite Zhou et al. 2020",
+        origin=Hub(
+            repository="pkr7098/etth2",
+            revision="eb355fdebcb8bda3b49c711d34df9a503ce85686",
+            files={"train": "ETTh2.csv"},
+            num_bytes=2_400_000,
+        ),
+    ),
     "imdb": Source(
         title="50,000 film reviews with their sentiment",
         licence="as given by Maas et al. 2011, for research",
