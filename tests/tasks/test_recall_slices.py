@@ -49,7 +49,7 @@ def test_distances_and_hits_follow_the_definition(order, kinds, rare, monkeypatc
 
 def test_the_example_of_the_paper():
     """`Hakuna Matata ... Hakuna ->`: Matata can be looked up, unless train is full of it."""
-    words = "hakuna matata it means no worries hakuna matata".split()
+    words = ["hakuna", "matata", "it", "means", "no", "worries", "hakuna", "matata"]
     ids = {word: i for i, word in enumerate(dict.fromkeys(words))}
     tokens = np.array([[ids[word] for word in words]])
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
