@@ -57,6 +57,14 @@ def test_accuracy_is_counted_over_all_and_by_digit(splits):
     assert scores["digit", "3"].value == 0 and scores["digit", "3"].count == threes
     assert scores["digit", "8"].value == 1
     assert scores["all", ""].value == pytest.approx(1 - threes / 359)
+    assert scores["confusion", "3>8"].value == 1 and scores["confusion", "8>3"].value == 0
+
+
+def test_a_linear_model_of_the_pixels_is_a_high_floor(splits):
+    floors = Digits().solvers({split: [segment] for split, segment in splits.items()})
+    common = int(splits["train"].targets[:, 0].long().bincount().argmax())
+    assert floors["majority"] == (splits["test"].targets == common).double().mean()
+    assert 0.95 < floors["linear, pixels"] < 1
 
 
 def test_an_unknown_split_is_one_line():
