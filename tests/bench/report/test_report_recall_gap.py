@@ -1,0 +1,57 @@
+"""The share of AR hits in a gap, on losses whose answer is known and on those of the paper."""
+
+import pandas as pd
+import pytest
+
+from bench.report.recall_gap import COLUMNS, recall_gaps
+
+HITS, OTHERS = 64, 936  # 6.4 % of tokens
+
+
+def frames(losses):
+    """Runs and scores of {attention: [(loss of hits, loss of others), one per seed]}."""
+    runs, scores = [], []
+    for attention, seeds in losses.items():
+        for seed, (hit, other) in enumerate(seeds):
+            run_id = f"{attention}{seed}"
+            runs.append(dict(run_id=run_id, attention=attention, seed=seed, good=True, chosen=True))
+            for value, loss, count in (("hit", hit, HITS), ("other", other, OTHERS)):
+                row = dict(run_id=run_id, split="test", metric="loss", value=loss, count=count)
+                scores.append(row | dict(slice_key="recall", slice_value=value))
+    return pd.DataFrame(runs), pd.DataFrame(scores)
+
+
+def test_the_share_is_that_of_the_nats_lost_at_hits():
+    runs, scores = frames({"softmax": [(1.0, 2.0)], "half": [(1.25, 2.0 + 0.25 * HITS / OTHERS)], "all": [(2.0, 2.0)]})
+    table = recall_gaps(runs, scores).set_index("attention")
+    assert table.loc["half", "share"] == pytest.approx(0.5) and table.loc["all", "share"] == pytest.approx(1)
+    assert table.loc["all", "gap"] == pytest.approx(0.064) and table.loc["all", "hit_tokens"] == pytest.approx(0.064)
+    assert pd.isna(table.loc["softmax", "share"]) and table.loc["softmax", "gap"] == 0
+    assert list(table.index) == ["softmax", "half", "all"], "the smallest loss first"
+
+
+def test_table_1_of_zoology_comes_out():
+    """Mean losses as printed, two digits of nats: shares of 40 % (long convolution) and 88 % (H3), within rounding."""
+    printed = {"softmax": [(0.77, 2.52)], "long_conv": [(3.24, 2.80)], "h3": [(1.91, 2.53)]}
+    share = recall_gaps(*frames(printed)).set_index("attention")["share"]
+    assert share["long_conv"] == pytest.approx(0.401, abs=0.03)
+    assert share["h3"] == pytest.approx(0.884, abs=0.06)
+
+
+def test_seeds_are_averaged_and_only_chosen_good_runs_count():
+    runs, scores = frames({"softmax": [(1.0, 2.0), (1.2, 2.2)], "a": [(2.0, 2.1), (2.2, 2.3), (9.0, 9.0)]})
+    runs.loc[runs["run_id"] == "a2", "chosen"] = False
+    table = recall_gaps(runs, scores).set_index("attention")
+    assert table.loc["a", "hit_loss"] == pytest.approx(2.1) and table.loc["a", "other_loss"] == pytest.approx(2.2)
+    assert table.loc["a", "seeds"] == 2
+    assert table.loc["a", "share"] == pytest.approx(0.064 / (0.064 + 0.0936))
+
+
+def test_without_a_gap_a_reference_or_slices_there_is_no_share():
+    better = recall_gaps(*frames({"softmax": [(1.0, 2.0)], "better": [(0.9, 1.9)]})).set_index("attention")
+    assert pd.isna(better.loc["better", "share"]) and better.loc["better", "gap"] < 0
+    alone = recall_gaps(*frames({"linear": [(1.0, 2.0)]}))
+    assert alone["gap"].isna().all() and alone["share"].isna().all()
+    runs, scores = frames({"softmax": [(1.0, 2.0)]})
+    none = recall_gaps(runs, scores.assign(slice_key="length"))
+    assert none.empty and list(none.columns) == COLUMNS
