@@ -141,7 +141,7 @@ class Skill(Task):
         have, fruitless, n = 0, 0, 64
         while have < count:
             rows = self._draw(rng, n, split, **self._seeded(setting, seed))
-            n = max(64, CHUNK // rows["inputs"][0].size)
+            n = min(2 * n, max(64, CHUNK // rows["inputs"][0].size))  # grows whatever `count` is
             part = part_of(rows.pop("content", rows["inputs"]))
             keep = np.flatnonzero((part >= low) & (part <= high))[: count - have]
             fruitless = 0 if len(keep) else fruitless + 1
