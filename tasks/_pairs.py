@@ -1,0 +1,92 @@
+"""Pairs of texts with one class: what the dual encoder's tasks share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks._classification import Classification, classification_spec, labelled
+from tasks._documents import PAD, byte_ids, padded
+from tasks.base import Batch, TaskSpec, Tokens
+
+
+def pair_spec(vocab_size: int, classes: Sequence[str], length: int) -> TaskSpec:
+    """The spec of a task of this kind: inputs and context of one vocabulary and one length."""
+    tokens = Tokens(vocab_size=vocab_size)
+    spec = classification_spec(tokens, classes, length)
+    return dataclasses.replace(spec, context=tokens, context_length=length)
+
+
+class PairClassification(Classification):
+    """Two texts as inputs and context, the first `max_length` bytes of each; see `bench.backbones.dual_encoder`.
+
+    Slices by length are those of the longer text.
+    """
+
+    max_length: int
+
+    def ids(self, text: str) -> np.ndarray:
+        """What a model reads of a text, int16."""
+        return byte_ids(text, self.max_length)
+
+    def decoded(self, ids: np.ndarray) -> str:
+        """The text that ids [L] stand for."""
+        return (ids[ids != PAD] - 1).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def batch(self, sides: Sequence[tuple[np.ndarray, np.ndarray]], labels: np.ndarray) -> Batch:
+        """A split of padded ids [N, L] with their lengths [N], first texts and second ones."""
+        (first, first_length), (second, second_length) = sides
+        one, other = labelled(first, labels, first_length), labelled(second, labels, second_length)
+        longer = torch.from_numpy(np.maximum(first_length, second_length))
+        return dataclasses.replace(one, context=other.inputs, context_mask=other.key_mask, slices={"length": longer})
+
+    def side(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Padded ids of texts, and their lengths."""
+        return padded([self.ids(text) for text in texts], self.max_length)
+
+    def features(self, splits: Mapping[str, Batch]) -> dict[str, dict[str, Any]]:
+        """What the two texts share, and each of them alone: a model of one side shows what the labels betray."""
+        texts = {
+            split: [
+                [self.decoded(row) for row in side.numpy()] for side in (part.inputs, part.context) if side is not None
+            ]
+            for split, part in splits.items()
+        }
+        words = _vectors(texts, analyzer="word", token_pattern=r"\w+")
+        parts = _vectors(texts, analyzer="char_wb", ngram_range=(3, 4))
+        overlap = {
+            split: np.column_stack([_overlap(*words[split]), _overlap(*parts[split]), _sizes(*texts[split])])
+            for split in splits
+        }
+        return {
+            "linear, overlap": overlap,
+            "linear, first alone": {split: words[split][0] for split in splits},
+            "linear, second alone": {split: words[split][1] for split in splits},
+        }
+
+
+def _vectors(texts: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> dict[str, list[Any]]:
+    """Rows of length one, weighted by tf-idf, of both sides of each split; hashed, so that long texts need no table."""
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+
+    hashed = HashingVectorizer(n_features=2**16, norm=None, alternate_sign=False, **options)
+    counts = {split: [hashed.transform(side) for side in sides] for split, sides in texts.items()}
+    weights = TfidfTransformer(sublinear_tf=True).fit(counts["train"][0])
+    return {split: [weights.transform(side) for side in sides] for split, sides in counts.items()}
+
+
+def _overlap(first: Any, second: Any) -> np.ndarray:
+    """Cosine, and the number of shared features, of every pair: [N, 2]."""
+    cosine = np.asarray(first.multiply(second).sum(1)).ravel()
+    shared = np.asarray((first > 0).multiply(second > 0).sum(1)).ravel()
+    return np.column_stack([cosine, np.log1p(shared)])
+
+
+def _sizes(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+    """Logarithms of both lengths and the size of their difference: [N, 3]."""
+    one, other = (np.log1p([len(text) for text in side]) for side in (first, second))
+    return np.column_stack([one, other, np.abs(one - other)])
