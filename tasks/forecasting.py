@@ -83,9 +83,9 @@ class Forecasting(Task):
                 near = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.0)[0]
                 raise ValueError(f'unknown task.{name} "{word}"; nearest: {near}. All of them: {", ".join(valid)}')
         for key, number in dict(
-            context_length=context_length, horizon=horizon, eval_stride=eval_stride, step_minutes=step_minutes or 1
+            context_length=context_length, horizon=horizon, eval_stride=eval_stride, step_minutes=step_minutes
         ).items():
-            if number < 1:
+            if number is not None and number < 1:
                 raise ValueError(f"task.{key} must be at least 1, got {number}; nearest: 1")
         if not 0 <= label_length <= context_length:
             nearest = min(max(0, label_length), context_length)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import datetime
 import gzip
 import hashlib
+import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tasks import _series, _series_floors, sources
 from tasks.forecasting import Forecasting
 
+CONF = Path(__file__).parents[2] / "conf" / "task"
 T, V = 500, 3  # rows and variables of the file
 
 
@@ -186,6 +190,7 @@ def test_missing_cells_are_gaps_and_other_words_are_mistakes(tmp_path):
         (dict(features="U"), 'unknown task.features "U"; nearest: '),
         (dict(form="crss"), 'unknown task.form "crss"; nearest: cross'),
         (dict(horizon=0), "task.horizon must be at least 1, got 0; nearest: 1"),
+        (dict(step_minutes=0), "task.step_minutes must be at least 1, got 0; nearest: 1"),
         (dict(label_length=18), "task.label_length must lie in 0 .. 17, got 18; nearest: 17"),
         (dict(target="OTT"), 'unknown task.target "OTT"; nearest: OT'),
         (dict(date="time"), 'unknown column of the date in ETTh1.csv "time"; nearest: date'),
@@ -285,3 +290,21 @@ def test_packaged_series_are_pinned(name):
     digest = hashlib.sha256("".join(segment.sha256()["labels"] for segment in segments).encode()).hexdigest()
     assert digest.startswith(pin), "other data or another cut: bump Forecasting.version"
     assert not built.seeded and segments[2].sha256() == Forecasting(**settings).segments("test", 7)[0].sha256()
+
+
+ROWS = [path for path in CONF.glob("*.yaml") if "forecasting.Forecasting" in path.read_text()]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda path: path.stem)
+def test_rows_write_out_every_setting_and_those_of_archives_build(row):
+    lines = row.read_text().splitlines()
+    keys = [line.split(":")[0] for line in lines[2:]]
+    assert keys == list(inspect.signature(Forecasting.__init__).parameters)[1:]
+    assert lines[0].startswith("# ") and lines[0].endswith(".") and lines[2:].count("path: null") == 1
+    settings = OmegaConf.to_container(OmegaConf.load(row))
+    del settings["_target_"]
+    if settings["data"] in _series.PACKAGED and sources.is_here(settings["data"]):
+        assert Forecasting(**settings).spec.primary == "mse"
+    else:
+        with pytest.raises(sources.MissingData, match="type "):
+            Forecasting(**settings | dict(path="/nowhere"))
