@@ -165,7 +165,8 @@ def whole(tokens: np.ndarray, length: int) -> Windows:
 
 
 def windows(inputs: np.ndarray, targets: np.ndarray, **slices: np.ndarray) -> Windows:
-    positions = torch.arange(inputs.shape[1], dtype=torch.int32).expand(inputs.shape)
+    dtype = torch.int16 if inputs.shape[1] < 2**15 else torch.int32
+    positions = torch.arange(inputs.shape[1], dtype=dtype).expand(inputs.shape)
     tensors = {name: torch.from_numpy(array) for name, array in slices.items()}
     return Windows(
         inputs=torch.from_numpy(inputs), positions=positions, targets=torch.from_numpy(targets), slices=tensors

@@ -126,7 +126,7 @@ def test_presets_write_out_every_keyword(folder, yaml):
     assert config.pop("_target_") == "tasks.mlm.MaskedLanguageModeling"
     assert config.keys() == {"corpus", "path", "level", "vocab_size", "length", "limits"}
     task = MaskedLanguageModeling(
-        **config | {"corpus": "text", "path": folder, "vocab_size": config["vocab_size"] and 300}
+        **config | {"corpus": "text", "path": folder, "length": L, "vocab_size": config["vocab_size"] and 300}
     )
     assert not task.spec.causal and task.spec.inputs.vocab_size == task.mask + 1
 
