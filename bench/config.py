@@ -40,7 +40,7 @@ class Budget:
         learning_rates: peak rates; the grid is searched per mechanism, the choice falls on `valid`.
         warmup_steps: linear warm-up, then cosine to zero.
         eval_every: steps between evaluations on `valid`.
-        stop_at: stop when the primary metric on `valid` reaches this; null: never.
+        stop_at: stop when the primary metric on `valid` reaches this, if higher is better; null: never.
         diverged_at: stop when the mean training loss since the last evaluation exceeds this multiple of the first loss.
         weight_decay, beta1, beta2: AdamW.
         max_grad_norm: clip the global gradient norm; null: no clipping.

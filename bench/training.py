@@ -89,7 +89,7 @@ def train(
     step_fn = make_step(model, task, optimiser(model, peak, budget, device), budget, device)
     batches = epochs(task, splits["train"], budget.batch_size, seed)
     primary = task.spec.primary
-    better = 1.0 if task.spec.metrics[primary].higher_is_better else -1.0
+    solvable = task.spec.metrics[primary].higher_is_better  # a share of right answers: `stop_at` says when it is enough
     losses: list[dict[str, Tensor]] = []  # on the device: reading one per step would stall a GPU
     first_loss = math.nan
     while result.steps < budget.max_steps:
@@ -134,7 +134,7 @@ def train(
             result.status = result.stopped = "diverged"
             result.reason = f"mean loss {mean_loss:.3g} by step {result.steps}, {first_loss:.3g} at the first"
             return result
-        if budget.stop_at is not None and better * row["valid_metric"] >= better * budget.stop_at:
+        if solvable and budget.stop_at is not None and row["valid_metric"] >= budget.stop_at:
             result.stopped = "solved"
             return result
     return result

@@ -211,6 +211,12 @@ def test_training_stops_when_valid_is_solved_and_no_earlier(monkeypatch):
     assert next(values) == 0.9
 
 
+def test_a_metric_of_which_lower_is_better_is_never_solved():
+    mqar = task()
+    mqar.spec = dataclasses.replace(mqar.spec, primary="loss")  # 2.8 nats at first, and an early stop at 3 or less
+    assert train(mqar=mqar, stop_at=3.0).stopped == "steps"
+
+
 def test_training_and_its_stop_never_touch_the_test_split():
     class Secret(MQAR):
         def segments(self, split, seed):
