@@ -65,12 +65,12 @@ def write(
 
 def contents(board: Board) -> dict[str, bytes]:
     """File name -> bytes of one board: the page first, then plots and tables."""
-    from bench.report import files, markdown, plots
+    from bench.report import files, markdown, plots, wording
     from bench.report.figure import render
 
     pictures = {name: render(draw, board) for name, (draw, _) in plots.PLOTS.items()}
     drawn = {name: picture for name, picture in pictures.items() if picture is not None}
-    shown = {name: f"{board.metric.capitalize()}: {plots.PLOTS[name][1]}" for name in drawn}
+    shown = {name: plots.PLOTS[name][1].format(metric=wording.heading(board.metric)) for name in drawn}
     return {
         "leaderboard.md": markdown.page(board, shown).encode(),
         "leaderboard.csv": files.csv(board.table, board),

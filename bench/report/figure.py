@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import matplotlib.style
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -104,12 +105,28 @@ def shorten(name: str, length: int = 34) -> str:
     return name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2 - 1) :]}"
 
 
-def value_axis(ax: Axes, board: Board) -> None:
-    """The metric upwards: 0 to 1 for a fraction, whatever the data need otherwise."""
+def value_axis(ax: Axes, board: Board, values: Sequence[float]) -> None:
+    """The metric upwards: 0 to 1 for a fraction; otherwise what `values` need, in logarithms if they lie far apart."""
+    if not board.fraction and wide(values):
+        low, high = min(values), max(values)
+        log_axis(ax.yaxis, lambda value: f"{value:g}", round_numbers(low / 2, high * 2))
+        ax.set_ylim(low / 1.5, high * 1.5)
     if board.fraction:
         ax.set_ylim(-0.03, 1.04)
         ax.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def wide(values: Sequence[float], ratio: float = 30) -> bool:
+    """Positive and so far apart, by `ratio` or more, that a linear scale would show the large ones alone."""
+    return len(values) > 0 and 0 < ratio * min(values) <= max(values)
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """Powers of ten in a range, with 2 and 5 times each where they are few."""
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) < 6 else (1,)
+    return [float(tick) for tick in np.outer(decades, steps).ravel() if low <= tick <= high]
 
 
 def log_axis(axis: Any, form: Callable[[float], str], at: Sequence[float] | None = None) -> None:

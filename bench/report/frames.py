@@ -63,15 +63,21 @@ SCORES = {
     "metric": ("string", "name"),
     "value": ("float64", "mean over the slice"),
     "count": ("Int64", "items of the slice"),
-    "slice_key": ("string", "'all', or segment, length, pairs, distance, order, ..."),
-    "slice_value": ("string", "'' for the whole split, or such as '64x4' (length x pairs), '16-31'"),
+    "slice_key": (
+        "string",
+        "'all'; segment, length, class, position, ...; 'confusion', 'trace0', ...; 'floor': a trivial solver's score",
+    ),
+    "slice_value": (
+        "string",
+        "'' for the whole split, or such as '64x4' (length x pairs), '16-31', 'true>predicted', a step, a solver",
+    ),
 }
 HISTORY = {
     "run_id": ("string", "see runs"),
     "step": ("Int64", "optimiser steps done"),
     "train_loss": ("float64", "the task's loss, mean since the last row"),
     "auxiliary_loss": ("float64", "sum of what mechanisms add to it (balance, distillation), mean likewise"),
-    "valid_loss": ("float64", "nats"),
+    "valid_loss": ("float64", "the task's loss on valid: nats for a cross-entropy"),
     "valid_metric": ("float64", "primary metric on valid"),
     "learning_rate": ("float64", "at this step"),
     "seconds": ("float64", "training time so far"),

@@ -99,7 +99,7 @@ def warnings(group: Group) -> list[str]:
 
 
 def summary(group: Group) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table; the chance line stands at the foot."""
+    """Header and rows of the table; trivial solvers and chance stand at the foot."""
     header = ["attention", "index", f"to {BASELINE}", "mean rank", "boards"]
     header += [column.label for column in group.columns] + [f"z {name}" for name in group.patterns] + ["note"]
     lines = [
@@ -115,10 +115,14 @@ def summary(group: Group) -> tuple[list[str], list[list[str]]]:
         ]
         for row in group.table.to_dict("records")
     ]
+    solvers = dict.fromkeys(name for column in group.columns for name in column.board.solvers)
+    blank, rest = [wording.NOTHING] * 4, [wording.NOTHING] * len(group.patterns)
+    for name in solvers:
+        own = [wording.number(c.board.solvers.get(name), c.board.fraction) for c in group.columns]
+        lines.append([f"({name})", *blank, *own, *rest, "floor: trivial solver"])
     chance = [wording.number(c.board.measure.chance, c.board.fraction) for c in group.columns]
     if any(value != wording.NOTHING for value in chance):
-        none = wording.NOTHING
-        lines.append(["(chance)", none, none, none, none, *chance, *[none] * len(group.patterns), "floor: guessing"])
+        lines.append(["(chance)", *blank, *chance, *rest, "floor: guessing"])
     return header, lines
 
 

@@ -39,6 +39,7 @@ class Board:
         runs: the runs that count, see `rows.judged`.
         table: one row per mechanism, ranked; see `rows.table`.
         slices: test by slice; see `rows.slices`.
+        solvers: test of trivial solvers by name, the best first; see `rows.solvers`.
         costs: sizes and times by mechanism and device; see `rows.costs`.
         set_aside: attention, why, runs: what does not count.
         measure: the metric that ranks.
@@ -49,6 +50,7 @@ class Board:
     runs: pd.DataFrame
     table: pd.DataFrame
     slices: pd.DataFrame
+    solvers: dict[str, float]
     costs: pd.DataFrame
     set_aside: pd.DataFrame
     measure: rows.Measure
@@ -92,6 +94,7 @@ def _board(key: Key, frames: Frames, solved: float) -> Board:
         runs=runs,
         table=rows.table(runs, of),
         slices=rows.slices(runs, frames.scores, of),
+        solvers=rows.solvers(runs, frames.scores, of),
         costs=rows.costs(runs),
         set_aside=set_aside,
         measure=of,

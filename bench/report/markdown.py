@@ -6,14 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bench.report import wording
-from bench.report.leaderboard import Board, slice_order
+from bench.report import slices, wording
+from bench.report.leaderboard import Board
 from bench.report.statistics import LEVEL
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FILES = "Exact values: [leaderboard.csv](leaderboard.csv); all runs, scores and curves: `runs`, `scores`, `history`."
+SOLVED = "solved"
 NOTE_LENGTH = 60  # characters of a reason in the ranking; the whole line stands under "Runs without a result"
 
 
@@ -24,15 +25,14 @@ def page(board: Board, plots: dict[str, str]) -> str:
         facts = wording.conditions(board)
         parts.append("\n".join(f"- **{heading}** {escape(text)}" for heading, text in facts.items()))
         parts += [f"> **Note.** {escape(line)}" for line in wording.warnings(board)]
-        parts += ["## Ranking", table(*ranking(board), left={1, 3, 7}), FILES]
+        header, lines = ranking(board)
+        parts += ["## Ranking", table(header, lines, left={1, 3, len(header) - 1}), FILES]
     else:
         parts.append("No run of this board counts: all of them are set aside, see below.")
-    if segments := slice_table(board, "segment"):
-        parts += [
-            f"## {board.metric.capitalize()} by length × pairs",
-            "Test, mean over seeds.",
-            table(*segments, left={0}),
-        ]
+    for key, kind in slices.kinds(board.slices).items():
+        if len(slices.values(board.slices, key)) <= kind.table:
+            heading = f"## {escape(f'{wording.heading(board.metric)} by {kind.label}')}"
+            parts += [heading, "Test, mean over seeds.", table(*slice_table(board, key), left={0})]
     if len(board.costs):
         parts += ["## Cost", table(*costs(board), left={0, 7})]
     if lines := wording.failures(board):
@@ -52,25 +52,27 @@ def page(board: Board, plots: dict[str, str]) -> str:
 
 
 def ranking(board: Board) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the ranking; the chance line stands under the ranked rows."""
-    header = ["rank", "attention", f"test {board.metric}", "every seed", "solved", "valid", "learning rate", "note"]
-    fraction = board.fraction
-    rows = board.table.to_dict("records")
-    lines = [_line(board, row, fraction) for row in rows]
+    """Header and rows of the ranking; trivial solvers and chance stand under the ranked rows.
+
+    A column for solved seeds only where the metric has a ceiling.
+    """
+    lines = [_line(board, row) for row in board.table.to_dict("records")]
+    floors = [(name, value, "floor: trivial solver") for name, value in board.solvers.items()]
     if not wording.missing(board.measure.chance):
-        blank = [wording.NOTHING] * 4
-        chance = [
-            wording.NOTHING,
-            "(chance)",
-            wording.number(board.measure.chance, fraction),
-            *blank,
-            "floor: guessing",
-        ]
-        lines.insert(len(board.ranked), chance)
+        floors.append(("chance", board.measure.chance, "floor: guessing"))
+    none, under = wording.NOTHING, len(board.ranked)
+    lines[under:under] = [
+        [none, f"({name})", wording.number(value, board.fraction), *[none] * 4, note] for name, value, note in floors
+    ]
+    score = f"test {wording.named(board.metric)}"
+    header = ["rank", "attention", score, "every seed", SOLVED, "valid", "learning rate", "note"]
+    if not board.measure.solvable:
+        lines = [[cell for name, cell in zip(header, line, strict=True) if name != SOLVED] for line in lines]
+        header.remove(SOLVED)
     return header, lines
 
 
-def _line(board: Board, row: Any, fraction: bool) -> list[str]:
+def _line(board: Board, row: Any) -> list[str]:
     note = wording.note(row)
     return [
         wording.rank(row),
@@ -78,7 +80,7 @@ def _line(board: Board, row: Any, fraction: bool) -> list[str]:
         wording.score(board, row),
         wording.every_seed(board, row),
         wording.solved(row),
-        wording.number(row["valid_mean"], fraction),
+        wording.number(row["valid_mean"], board.fraction),
         wording.rate(row),
         note if len(note) <= NOTE_LENGTH else note[: NOTE_LENGTH - 1].rstrip() + "…",
     ]
@@ -108,16 +110,14 @@ def costs(board: Board) -> tuple[list[str], list[list[str]]]:
     return header[:-1], [line[:-1] for line in lines]
 
 
-def slice_table(board: Board, key: str) -> tuple[list[str], list[list[str]]] | None:
-    """Ranked mechanisms × slices of one kind; None when the task has no such slices."""
+def slice_table(board: Board, key: str) -> tuple[list[str], list[list[str]]]:
+    """Ranked mechanisms × slices of one kind."""
     part = board.slices[board.slices["slice_key"] == key]
-    if part.empty:
-        return None
-    names = sorted(part["slice_value"].unique(), key=slice_order)
+    names = slices.values(part, key)
     value = part.set_index(["attention", "slice_value"])["mean"].to_dict()
     fraction = board.fraction
     lines = [[a, *(wording.number(value.get((a, name)), fraction) for name in names)] for a in board.ranked]
-    return ["attention", *(name.replace("x", "×") for name in names)], lines
+    return ["attention", *map(slices.shown, names)], lines
 
 
 def columns(board: Board) -> dict[str, str]:
@@ -126,21 +126,22 @@ def columns(board: Board) -> dict[str, str]:
     if board.measure.solvable:
         threshold = f"{board.measure.solved:g}"
         solved = (
-            f"share of all seeds with {board.metric} of at least {threshold}, with the Wilson interval at {level}; "
+            f"share of all seeds with {wording.named(board.metric)} of at least {threshold}, with the Wilson interval "
+            f"at {level}; "
             "a failed seed has not solved it."
         )
         below = f", and valid is below {threshold}"
     else:
-        solved, below = "not defined for this metric.", ""
-    return {
+        solved, below = "", ""
+    texts = {
         "rank": f"every rank that the seeds leave possible for this row at {level} (Welch's test against each other "
         "row, Holm's correction over them). Rows that the seeds cannot tell apart share ranks; "
         "rows that share a rank need not be tied in pairs. A row with failed seeds "
         "is never ranked above another. A row with numbers and no rank looks ahead in a causal slot, as published; its "
         "strict twin is ranked.",
-        f"test {board.metric}": "mean over the seeds that succeeded, at the chosen learning rate, with the Student-t "
-        f"interval at {level}. Equal values give an interval without width: no spread was seen, which is not to say "
-        "that there is none.",
+        f"test {wording.named(board.metric)}": "mean over the seeds that succeeded, at the chosen learning rate, with "
+        f"the Student-t interval at {level}. Equal values give an interval without width: no spread was seen, which is "
+        "not to say that there is none.",
         "every seed": "in the order of the seeds; a failed one by its status.",
         "solved": solved,
         "valid": "mean over seeds on the validation split.",
@@ -154,6 +155,12 @@ def columns(board: Board) -> dict[str, str]:
         "decode ms/token": "at batch 1, median over seeds.",
         "peak memory": "maximum over seeds; on a CPU that of the whole process.",
     }
+    if board.solvers:
+        trivial = (
+            "what a solver that learns no more than its name says reaches on test, fitted on train; mean over seeds."
+        )
+        texts["floor: trivial solver"] = trivial
+    return {name: text for name, text in texts.items() if text}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) -> str:
@@ -188,10 +195,14 @@ def terminal(board: Board) -> Table:
 
     one_device = board.costs["device"].nunique() < 2  # times of several devices are not for one column
     measured = {line[0]: [line[2], line[4], line[5]] for line in costs(board)[1]} if one_device else {}
-    lines = [["rank", "attention", f"test {board.metric}", "solved", "rate", "state", "tokens/s", "ms/token"]]
-    for rank, attention, score, _, solved, _, rate, _ in ranking(board)[1]:
-        cost = measured.get(attention, [wording.NOTHING] * 3)
-        lines.append([rank, attention, score, solved.split()[0], rate, *cost])
+    header, rows = ranking(board)
+    wanted = [i for i, name in enumerate(header) if name not in ("every seed", "valid", "note")]
+    lines = [
+        ["rate" if header[i] == "learning rate" else header[i] for i in wanted] + ["state", "tokens/s", "ms/token"]
+    ]
+    for row in rows:
+        cells = [row[i].split()[0] if header[i] == SOLVED else row[i] for i in wanted]
+        lines.append([*cells, *measured.get(row[1], [wording.NOTHING] * 3)])
     shown = Table(title=Text(wording.title(board)), title_justify="left", box=None, pad_edge=False)
     for name, *cells in zip(*lines, strict=True):
         if name == "attention":  # the only one that may be cut in a narrow terminal

@@ -17,6 +17,7 @@ COLUMNS = [
     *("solved", "solve_rate", "solve_low", "solve_high", "valid_mean", "learning_rate", "edge"),
     *(*SIZES, "device", *TIMES),
 ]
+FLOOR = "floor"  # slice key of what a trivial solver reaches: no part of the split
 COUNTS = ["rank_best", "rank_worst", "seeds_ok", "seeds_run", "solved"]
 
 
@@ -134,7 +135,8 @@ def _row(attention: str, runs: pd.DataFrame, spent: pd.DataFrame, of: Measure) -
         return {**row, "seeds_ok": 0, "seeds_run": runs["seed"].nunique(), "seed_values": ""}
     good = chosen[chosen["good"]]
     values = [float(value) for value in good["test"]]
-    words_or_values = [f"{r['test']:.4f}" if r["good"] else str(r["status"]) for r in chosen.to_dict("records")]
+    form = ".4f" if of.unit == "fraction" else ".6g"
+    words_or_values = [f"{r['test']:{form}}" if r["good"] else str(r["status"]) for r in chosen.to_dict("records")]
     low, high = statistics.mean_interval(values, bounds=of.bounds) or (None, None)
     rate, valid = float(chosen["learning_rate"].iloc[0]), float(good["valid"].mean())
     row.update(values=values, test_mean=good["test"].mean(), test_low=low, test_high=high, valid_mean=valid)
@@ -165,7 +167,18 @@ def common_reason(runs: pd.DataFrame) -> str:
 
 def slices(runs: pd.DataFrame, scores: pd.DataFrame, of: Measure) -> pd.DataFrame:
     """Mean over seeds of `test` at the chosen rate: attention, slice_key, slice_value, mean, seeds."""
-    parts = scores[(scores["metric"] == of.metric) & (scores["split"] == "test") & (scores["slice_key"] != "all")]
+    parts = scores[(scores["metric"] == of.metric) & (scores["split"] == "test")]
+    parts = parts[~parts["slice_key"].isin(["all", FLOOR])]
     parts = parts.merge(runs.loc[runs["chosen"] & runs["good"], ["run_id", "attention"]], on="run_id")
     groups = parts.groupby(["attention", "slice_key", "slice_value"], as_index=False)
     return groups.agg(mean=("value", "mean"), seeds=("value", "count"))
+
+
+def solvers(runs: pd.DataFrame, scores: pd.DataFrame, of: Measure) -> dict[str, float]:
+    """What trivial solvers reach on `test`, mean over seeds, by name; the best first."""
+    parts = scores[(scores["metric"] == of.metric) & (scores["split"] == "test") & (scores["slice_key"] == FLOOR)]
+    parts = parts.dropna(subset=["value"]).merge(runs.loc[runs["good"], ["run_id", "seed"]], on="run_id")
+    by_seed = parts.groupby(["slice_value", "seed"])["value"].first()  # equal for all runs of a seed: they share data
+    means = by_seed.groupby("slice_value").mean().to_dict()
+    sign = -1.0 if of.higher_is_better else 1.0
+    return {str(name): float(means[name]) for name in sorted(means, key=lambda name: (sign * means[name], name))}

@@ -12,6 +12,7 @@ from bench.report import rows
 from bench.report.leaderboard import FLOORS, Board
 
 NOTHING = "–"
+CAPITALS = "mse", "mae", "rmse", "mase", "auc", "f1"
 BUSY = 1.25  # load per core above which other work must have run beside a sweep's one process per core
 EDGES = {"smallest": "▼", "largest": "▲"}
 
@@ -21,9 +22,26 @@ def missing(value: Any) -> bool:
     return bool(pd.isna(value))
 
 
+def named(metric: str) -> str:
+    """A metric in words: 'bits per byte', 'MSE'."""
+    return " ".join(word.upper() if word in CAPITALS else word for word in metric.split("_"))
+
+
+def heading(metric: str) -> str:
+    """The same at the head of a line."""
+    return named(metric)[:1].upper() + named(metric)[1:]
+
+
 def number(value: Any, fraction: bool = True) -> str:
     """A value of the metric: three decimals for a fraction, four digits otherwise."""
-    return NOTHING if missing(value) else f"{value:.3f}" if fraction else f"{value:.4g}"
+    return NOTHING if missing(value) else f"{value:.3f}" if fraction else f"{value:#.4g}".rstrip(".")
+
+
+def short(value: Any, fraction: bool = True) -> str:
+    """A value for a small place: two decimals for a fraction, three digits otherwise."""
+    if missing(value) or fraction:
+        return NOTHING if missing(value) else f"{value:.2f}"
+    return size(value).replace(" ", "") if 1000 <= abs(value) < 1e15 else f"{value:#.3g}".rstrip(".")
 
 
 def size(value: Any, unit: str = "") -> str:
@@ -90,9 +108,9 @@ def note(row: dict[str, Any]) -> str:
 
 def metric(board: Board) -> str:
     """'accuracy (fraction, higher is better)'."""
-    direction = "higher" if board.measure.higher_is_better else "lower"
-    unit = board.measure.unit
-    return f"{board.metric} ({unit}, {direction} is better)" if unit else board.metric
+    direction = f"{'higher' if board.measure.higher_is_better else 'lower'} is better"
+    name, unit = named(board.metric), named(board.measure.unit)
+    return f"{name} ({direction})" if unit in ("", name) else f"{name} ({unit}, {direction})"
 
 
 def title(board: Board) -> str:
@@ -107,9 +125,9 @@ def conditions(board: Board) -> dict[str, str]:
     failed = len(runs) - status["ok"] - status["unsupported"]
     days = sorted(runs["started_at"].dropna().str.slice(0, 10))
     when = "" if not days else f"; run on {days[0]}" if days[0] == days[-1] else f"; run from {days[0]} to {days[-1]}"
+    chance = "" if missing(board.measure.chance) else f"; chance {number(board.measure.chance, board.fraction)}"
     return {
-        "Task": f"{several(runs['task_id'])}, version {several(runs['task_version'])}; {metric(board)}; "
-        f"chance {number(board.measure.chance, board.fraction)}",
+        "Task": f"{several(runs['task_id'])}, version {several(runs['task_version'])}; {metric(board)}{chance}",
         "Budget": budget(key.budget, runs),
         "Runs": f"{_count(mechanisms, 'mechanism')} × {_count(rates, 'learning rate')} × {_count(seeds, 'seed')} "
         f"= {planned} planned: "
@@ -168,6 +186,13 @@ def warnings(board: Board) -> list[str]:
     absent = [name for name in FLOORS if name not in set(board.runs["attention"])]
     if absent:
         lines.append(f"Floors not run: {', '.join(absent)}; how far a score is above them is unknown.")
+    if board.solvers:
+        name, floor = next(iter(board.solvers.items()))
+        low = [row["attention"] for row in ranked if not clears(board, row, floor)]
+        if low:
+            best = f"{name} {number(floor, board.fraction)}"
+            side = "above" if board.measure.higher_is_better else "below"
+            lines.append(f"Not {side} the best trivial solver ({best}): {', '.join(low)}.")
     few = [f"{row['attention']} ({row['seeds_run']})" for row in ranked if row["seeds_run"] < seeds]
     if few:
         lines.append(f"Fewer than {seeds} seeds at the chosen learning rate: {', '.join(few)}.")
@@ -195,6 +220,13 @@ def warnings(board: Board) -> list[str]:
     if board.costs["device"].nunique() > 1:
         lines.append("Several devices: times and memory stand apart by device, compare them only within one.")
     return lines
+
+
+def clears(board: Board, row: dict[Any, Any], floor: float) -> bool:
+    """The whole interval of a row, or its mean where it has none, is better than a floor."""
+    if board.measure.higher_is_better:
+        return bool((row["test_mean"] if missing(row["test_low"]) else row["test_low"]) > floor)
+    return bool((row["test_mean"] if missing(row["test_high"]) else row["test_high"]) < floor)
 
 
 def failures(board: Board) -> list[list[str]]:
