@@ -78,7 +78,8 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
         error = exception
     data: dict[int, Any] = {}
     for replica in replicas:
-        emit("start", run_id=replica.run_id, device=environment.accelerator(device))
+        better = task.spec.metrics[task.spec.primary].higher_is_better
+        emit("start", run_id=replica.run_id, device=environment.accelerator(device), higher_is_better=better)
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         outcome: dict[str, Any] = dict(status="error", reason="")
         history: list[dict[str, float]] = []

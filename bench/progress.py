@@ -23,6 +23,7 @@ class Row:
     done: int = 0
     steps: dict[str, int] = field(default_factory=dict)  # of the replicas in progress
     best: float | None = None
+    higher_is_better: bool = True
     statuses: list[str] = field(default_factory=list)
 
     @property
@@ -68,6 +69,9 @@ class Progress:
     def event(self, cell: Cell, event: dict[str, Any]) -> None:
         """An event of a child: start, step or done."""
         row = self.rows[cell.id]
+        row.higher_is_better = event.get("higher_is_better", row.higher_is_better)
+        if (metric := event.get("metric")) is not None:
+            row.best = (max if row.higher_is_better else min)(metric if row.best is None else row.best, metric)
         if event["event"] == "step":
             row.steps[event["run_id"]] = event["step"]
         elif event["event"] == "done":
@@ -77,12 +81,7 @@ class Progress:
             if event["status"] not in ("ok", "unsupported"):
                 self._line(f"{row.title}: {event['status']}: {event['reason']}")
             if row.recorded + row.done == row.planned:
-                self._line(
-                    f"{row.title}: done, {row.planned} runs, best valid {_number(row.best, event.get('metric'))}"
-                )
-        metric = event.get("metric")
-        if metric is not None:
-            row.best = metric if row.best is None else max(row.best, metric)
+                self._line(f"{row.title}: done, {row.planned} runs, best valid {_number(row.best)}")
         if self.live is None and time.monotonic() - self.last_line > PLAIN_SECONDS:
             self._line(self._headline())
 
@@ -126,15 +125,14 @@ class Progress:
                 escape(row.title),
                 ProgressBar(total=1.0, completed=row.share, width=30),
                 f"{row.recorded + row.done}/{row.planned}",
-                _number(row.best, None),
+                _number(row.best),
                 " ".join(bad),
             )
         return table
 
 
-def _number(best: float | None, last: float | None) -> str:
-    values = [value for value in (best, last) if value is not None]
-    return f"{max(values):.3f}" if values else "-"
+def _number(best: float | None) -> str:
+    return "-" if best is None else f"{best:.3f}"
 
 
 def _duration(seconds: float) -> str:

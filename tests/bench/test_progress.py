@@ -54,6 +54,17 @@ def test_plain_lines_tell_of_ends_and_failures_only(clock):
     ]
 
 
+def test_the_best_of_a_loss_is_the_smallest(clock):
+    out, (cell, _) = io.StringIO(), cells()
+    with Progress([cell], out) as progress:
+        progress.admitted(cell, 2)
+        for replica, metric in ((2, 1.5), (3, 2.5)):
+            start = {"event": "start", "run_id": cell.replicas[replica].run_id, "higher_is_better": False}
+            progress.event(cell, start)
+            progress.event(*done(cell, replica, metric=metric))
+    assert out.getvalue().splitlines()[-1] == "softmax: done, 4 runs, best valid 1.500"
+
+
 def test_what_is_recorded_already_is_one_line(clock):
     out, (good, _) = io.StringIO(), cells()
     Progress([good], out).admitted(good, 4)
