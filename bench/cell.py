@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -56,6 +57,7 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
     from hydra.utils import instantiate
 
     from bench.backbones.base import pattern_of
+    from tasks.sources import MissingData
 
     torch.set_num_threads(1)  # one process per core: threads that wait for each other lose more than they gain
     device = pick_device(cell.settings["device"])
@@ -96,6 +98,8 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
                 outcome, history = replicate(task, backbone, attention, budget, replica, data[key], device, emit)
         except KeyboardInterrupt:
             raise
+        except MissingData as missing:
+            raise ImpossibleCell(f"task {cell.names['task']}: {missing}") from missing
         except Exception as exception:
             outcome = dict(zip(("status", "reason"), classify(exception), strict=True))
         record = dict(
@@ -151,7 +155,14 @@ def load(task: Any, seed: int, device: Any) -> dict[str, Any]:
     hashes = {split: [segment.sha256() for segment in segments] for split, segments in splits.items()}
     count = sum(len(segment) for segment in splits["test"])
     floors = [
-        dict(split="test", metric=task.spec.primary, value=value, count=count, slice_key="floor", slice_value=name)
+        dict(
+            split="test",
+            metric=task.spec.primary,
+            value=value,
+            count=count,
+            slice_key="reference" if name in task.references else "floor",
+            slice_value=name,
+        )
         for name, value in task.floors(splits, hashes).items()
     ]
     moved = {split: [segment.to(device) for segment in segments] for split, segments in splits.items()}
@@ -266,7 +277,7 @@ def describe(task: Any, cell: Cell) -> dict[str, Any]:
         primary=task.spec.primary,
         unit=metric.unit,
         higher_is_better=metric.higher_is_better,
-        chance=task.spec.chance,
+        chance=None if math.isnan(task.spec.chance) else task.spec.chance,
         group=task.group,
     )
 

@@ -81,7 +81,7 @@ def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
         metric=task.get("primary"),
         metric_unit=task.get("unit"),
         higher_is_better=task.get("higher_is_better"),
-        chance=task.get("chance", nan),
+        chance=nan if task.get("chance") is None else task["chance"],
         num_parameters=record.get("model", {}).get("num_parameters", nan),
         state_bytes=cost.get("state_bytes", nan),
         state_length=cost.get("state_length", nan),

@@ -209,12 +209,14 @@ class Task(ABC):
         version: bumped when data or scoring change; part of a run's identity.
         name: first half of the id; `protocol` (which published variant) is the second.
         seeded: whether data depend on the seed; a published data set is the same for all.
+        references: those of `solvers` that are not trivial: parts of the way to the answer, to read scores by.
         group: name of the boards that are read together with this task's, such as the four patterns of one memory.
     """
 
     version: ClassVar[int]
     name: ClassVar[str]
     seeded: bool = True
+    references: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[str | None] = None
     protocol: str
     spec: TaskSpec

@@ -60,6 +60,7 @@ class ListOps(Task):
 
     version = 1
     name = "listops"
+    references = frozenset({"top level", "top 2 levels", "top 3 levels"})
 
     def __init__(
         self,

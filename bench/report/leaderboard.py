@@ -39,7 +39,8 @@ class Board:
         runs: the runs that count, see `rows.judged`.
         table: one row per mechanism, ranked; see `rows.table`.
         slices: test by slice; see `rows.slices`.
-        solvers: test of trivial solvers by name, the best first; see `rows.solvers`.
+        solvers, references: test of trivial solvers, and of those that go a part of the way to the answer, by name,
+            the best first; see `rows.solvers`.
         costs: sizes and times by mechanism and device; see `rows.costs`.
         set_aside: attention, why, runs: what does not count.
         measure: the metric that ranks.
@@ -51,6 +52,7 @@ class Board:
     table: pd.DataFrame
     slices: pd.DataFrame
     solvers: dict[str, float]
+    references: dict[str, float]
     costs: pd.DataFrame
     set_aside: pd.DataFrame
     measure: rows.Measure
@@ -95,6 +97,7 @@ def _board(key: Key, frames: Frames, solved: float) -> Board:
         table=rows.table(runs, of),
         slices=rows.slices(runs, frames.scores, of),
         solvers=rows.solvers(runs, frames.scores, of),
+        references=rows.solvers(runs, frames.scores, of, rows.REFERENCE),
         costs=rows.costs(runs),
         set_aside=set_aside,
         measure=of,

@@ -57,7 +57,8 @@ def ranking(board: Board) -> tuple[list[str], list[list[str]]]:
     A column for solved seeds only where the metric has a ceiling.
     """
     lines = [_line(board, row) for row in board.table.to_dict("records")]
-    floors = [(name, value, "floor: trivial solver") for name, value in board.solvers.items()]
+    floors = [(name, value, "reference: a part of the answer") for name, value in board.references.items()]
+    floors += [(name, value, "floor: trivial solver") for name, value in board.solvers.items()]
     if not wording.missing(board.measure.chance):
         floors.append(("chance", board.measure.chance, "floor: guessing"))
     none, under = wording.NOTHING, len(board.ranked)
@@ -160,6 +161,8 @@ def columns(board: Board) -> dict[str, str]:
             "what a solver that learns no more than its name says reaches on test, fitted on train; mean over seeds."
         )
         texts["floor: trivial solver"] = trivial
+    if board.references:
+        texts["reference: a part of the answer"] = "what computing a part of the answer and guessing the rest reaches."
     return {name: text for name, text in texts.items() if text}
 
 

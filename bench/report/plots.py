@@ -58,7 +58,8 @@ def _floors(ax: Axes, board: Board) -> None:
     """
     means = board.table.set_index("attention")["test_mean"].to_dict()
     levels = {"chance": board.measure.chance, **{name: means[name] for name in FLOORS if name in means}}
-    solvers = {f"({name})": value for name, value in board.solvers.items()}  # one may be called as a mechanism is
+    known = {**board.references, **board.solvers}
+    solvers = {f"({name})": value for name, value in known.items()}  # one may be called as a mechanism is
     levels = {name: value for name, value in {**levels, **solvers}.items() if not wording.missing(value)}
     styles = dict(zip(["chance", *FLOORS], [":", "--", "-.", (0, (7, 2))], strict=True))
     to_axes = ax.transData + ax.transAxes.inverted()

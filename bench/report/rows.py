@@ -18,6 +18,7 @@ COLUMNS = [
     *(*SIZES, "device", *TIMES),
 ]
 FLOOR = "floor"  # slice key of what a trivial solver reaches: no part of the split
+REFERENCE = "reference"  # likewise, of a solver that goes a part of the way to the answer
 COUNTS = ["rank_best", "rank_worst", "seeds_ok", "seeds_run", "solved"]
 
 
@@ -168,15 +169,15 @@ def common_reason(runs: pd.DataFrame) -> str:
 def slices(runs: pd.DataFrame, scores: pd.DataFrame, of: Measure) -> pd.DataFrame:
     """Mean over seeds of `test` at the chosen rate: attention, slice_key, slice_value, mean, seeds."""
     parts = scores[(scores["metric"] == of.metric) & (scores["split"] == "test")]
-    parts = parts[~parts["slice_key"].isin(["all", FLOOR])]
+    parts = parts[~parts["slice_key"].isin(["all", FLOOR, REFERENCE])]
     parts = parts.merge(runs.loc[runs["chosen"] & runs["good"], ["run_id", "attention"]], on="run_id")
     groups = parts.groupby(["attention", "slice_key", "slice_value"], as_index=False)
     return groups.agg(mean=("value", "mean"), seeds=("value", "count"))
 
 
-def solvers(runs: pd.DataFrame, scores: pd.DataFrame, of: Measure) -> dict[str, float]:
-    """What trivial solvers reach on `test`, mean over seeds, by name; the best first."""
-    parts = scores[(scores["metric"] == of.metric) & (scores["split"] == "test") & (scores["slice_key"] == FLOOR)]
+def solvers(runs: pd.DataFrame, scores: pd.DataFrame, of: Measure, key: str = FLOOR) -> dict[str, float]:
+    """What trivial solvers (or references) reach on `test`, mean over seeds, by name; the best first."""
+    parts = scores[(scores["metric"] == of.metric) & (scores["split"] == "test") & (scores["slice_key"] == key)]
     parts = parts.dropna(subset=["value"]).merge(runs.loc[runs["good"], ["run_id", "seed"]], on="run_id")
     by_seed = parts.groupby(["slice_value", "seed"])["value"].first()  # equal for all runs of a seed: they share data
     means = by_seed.groupby("slice_value").mean().to_dict()

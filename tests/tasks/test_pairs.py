@@ -201,4 +201,5 @@ def test_the_real_dialogues_are_pinned_and_no_exchange_is_in_two_splits(real):
     assert torch.bincount(test.targets[:, 0].long()).tolist() == [len(test) // 2] * 2
     texts = {split: {plain(" ".join(task._dialogues[row])) for row in task._cut[split]} for split in SPLITS}
     assert not texts["train"] & texts["test"] and not texts["valid"] & (texts["train"] | texts["test"])
-    assert test.sha256()["context"].startswith("d3bfd18cb31246e3"), "other dialogues or another cut: bump DialoguePairs.version"
+    bump = "other dialogues or another cut: bump DialoguePairs.version"
+    assert test.sha256()["context"].startswith("d3bfd18cb31246e3"), bump

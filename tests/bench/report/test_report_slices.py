@@ -54,6 +54,18 @@ def test_solvers_are_means_over_seeds_the_best_first(found):
     assert found["digits"].solvers == {}
 
 
+def test_references_stand_beside_the_floors_and_are_no_yardstick():
+    data = sliced.listops()
+    known = data.scores["slice_value"] == "root operator"
+    data.scores.loc[known, "slice_key"] = "reference"
+    (board,) = boards(data)
+    assert board.references == pytest.approx({"root operator": 0.363}) and list(board.solvers) == ["majority"]
+    lines = {line[1]: line for line in markdown.ranking(board)[1]}
+    assert lines["(root operator)"][-1] == "reference: a part of the answer"
+    assert not [line for line in wording.warnings(board) if "root operator" in line]
+    assert "reference" not in set(board.slices["slice_key"])
+
+
 def test_a_seed_with_more_runs_weighs_no_more_than_another():
     data = sliced.listops()
     few = data.of(data.runs[(data.runs["seed"] == 0) | (data.runs["attention"] == "softmax")])
