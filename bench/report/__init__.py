@@ -38,12 +38,12 @@ def write(
         solved: threshold of the solve rate.
 
     Returns:
-        The files of the boards, then of the groups, in order; none when there is nothing to report.
+        The files of the boards, then of the groups and of MAD's scores, in order; none when there is nothing to report.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    from bench.report import files, group, leaderboard
+    from bench.report import files, group, leaderboard, mad_page
 
     boards = leaderboard.boards(frames, solved=solved)
     names = leaderboard.folder_names([board.key for board in boards], defaults)
@@ -60,6 +60,8 @@ def write(
     for page in pages:
         if any(column.board.key in wanted for column in page.columns):
             paths += files.save(folder / folders[page.key], group_contents(page, links), files.OWN_OF_GROUP)
+    for name, made in mad_page.pages(frames, defaults).items():
+        paths += files.save(folder / name, made, mad_page.OWN)
     return paths
 
 

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from bench.report import slices, wording
 from bench.report.leaderboard import Board
+from bench.report.recall_gap import recall_gaps
 from bench.report.statistics import LEVEL
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FILES = "Exact values: [leaderboard.csv](leaderboard.csv); all runs, scores and curves: `runs`, `scores`, `history`."
+GAP = (
+    "Nats per token of test: over all, where the context gives the token away (AR hits), and elsewhere. The share says "
+    "how much of what a mechanism lacks to softmax it lacks at hits; above 1 it is the better one elsewhere."
+)
 SOLVED = "solved"
 NOTE_LENGTH = 60  # characters of a reason in the ranking; the whole line stands under "Runs without a result"
 
@@ -33,6 +38,8 @@ def page(board: Board, plots: dict[str, str]) -> str:
         if len(slices.values(board.slices, key)) <= kind.table:
             heading = f"## {escape(f'{wording.heading(board.metric)} by {kind.label}')}"
             parts += [heading, "Test, mean over seeds.", table(*slice_table(board, key), left={0})]
+    if gap := recall_gap_table(board):
+        parts += ["## Recall in the gap to softmax", GAP, table(*gap, left={0})]
     if len(board.costs):
         parts += ["## Cost", table(*costs(board), left={0, 7})]
     if lines := wording.failures(board):
@@ -119,6 +126,20 @@ def slice_table(board: Board, key: str) -> tuple[list[str], list[list[str]]]:
     fraction = board.fraction
     lines = [[a, *(wording.number(value.get((a, name)), fraction) for name in names)] for a in board.ranked]
     return ["attention", *map(slices.shown, names)], lines
+
+
+def recall_gap_table(board: Board) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows of the gap to softmax and the share of AR hits in it; None without slices of recall."""
+    gaps = recall_gaps(board.runs, board.frames.scores)
+    if gaps.empty:
+        return None
+    header = ["attention", "loss", "at hits", "elsewhere", "gap", "share of hits in the gap"]
+    losses = ["loss", "hit_loss", "other_loss", "gap"]
+    lines = [
+        [str(row["attention"]), *(wording.number(row[name], False) for name in losses), wording.number(row["share"])]
+        for row in gaps.to_dict("records")
+    ]
+    return header, lines
 
 
 def columns(board: Board) -> dict[str, str]:

@@ -6,8 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bench.report import mad_page
+from bench.report.frames import Frames
 from bench.report.mad_score import mad_runs, mad_scores
 from tests.bench.report.synthetic import frames
+from tests.bench.report.synthetic import run as synthetic_run
 
 
 def run(attention, setting, rate, seed, valid, test):
@@ -54,3 +57,30 @@ def test_runs_are_read_from_frames_of_madness_only():
     assert set(own["protocol"]) == {"clean"} and set(own["setting"]) == {"mad_recall/clean,length=9"}
     assert len(own) == 2 * 3 * 3 and own["valid"].notna().all() and own["test"].notna().all()
     assert mad_scores(own)["attention"].tolist() == ["softmax", "based"]
+
+
+def test_the_page_has_a_row_per_mechanism_and_a_column_per_setting():
+    rows = [*(("based", s, 0.5) for s in (0, 1)), *(("softmax", s, 0.9) for s in (0, 1))]
+    parts = [
+        [
+            synthetic_run(name, 0.01, seed, "ok", "", task=task, task_id=task_id, backbone="b", budget="small")
+            for name, seed, _ in rows
+        ]
+        for task, task_id in (
+            ("mad_recall", "mad_recall/clean"),
+            ("mad_recall(setting=1)", "mad_recall/clean,length=9"),
+        )
+    ]
+    runs = [dict(run, run_id=f"{run['task']}{run['attention']}{run['seed']}") for part in parts for run in part]
+    value = {name: score for name, _, score in rows}
+    scores = [
+        dict(run_id=run["run_id"], split=split, metric="accuracy", value=value[run["attention"]], count=10,
+             slice_key="all", slice_value="")
+        for run in runs
+        for split in ("valid", "test")
+    ]  # fmt: skip
+    made = mad_page.pages(Frames.from_rows(runs, scores, []), dict(backbone="conv_decoder", budget="small"))
+    assert list(made) == ["mad-clean-b"]
+    page, table = made["mad-clean-b"]["mad.md"].decode(), made["mad-clean-b"]["mad.csv"].decode().splitlines()
+    assert "| softmax   | 0.900 [0.900, 0.900] |   2 of 2 |" in page and page.index("softmax") < page.index("| based")
+    assert table[0].endswith('mad_recall/clean,"mad_recall/clean,length=9"') and table[1].startswith("softmax,0.9,")

@@ -1,8 +1,13 @@
 """The share of AR hits in a gap, on losses whose answer is known and on those of the paper."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
+import sliced
 
+from bench.report import markdown
+from bench.report.leaderboard import boards
 from bench.report.recall_gap import COLUMNS, recall_gaps
 
 HITS, OTHERS = 64, 936  # 6.4 % of tokens
@@ -55,3 +60,21 @@ def test_without_a_gap_a_reference_or_slices_there_is_no_share():
     runs, scores = frames({"softmax": [(1.0, 2.0)]})
     none = recall_gaps(runs, scores.assign(slice_key="length"))
     assert none.empty and list(none.columns) == COLUMNS
+
+
+def test_the_page_of_a_language_model_says_what_of_the_gap_is_recall():
+    data = sliced.language()
+    loss = {"softmax": (1.0, 2.0), "linear": (2.0, 2.0)}
+    recall = [
+        dict(run_id=run["run_id"], split="test", metric="loss", value=loss[run["attention"]][part], count=count,
+             slice_key="recall", slice_value=value)
+        for run in data.runs.to_dict("records")
+        if run["attention"] in loss
+        for part, (value, count) in enumerate((("hit", HITS), ("other", OTHERS)))
+    ]  # fmt: skip
+    scores = pd.concat([data.scores, pd.DataFrame(recall)], ignore_index=True).astype(data.scores.dtypes)
+    (board,) = boards(dataclasses.replace(data, scores=scores))
+    page = markdown.page(board, {})
+    line = next(line for line in page.split("## Recall in the gap to softmax")[1].splitlines() if "| linear" in line)
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["linear", "2.000", "2.000", "2.000", "0.06400", "1.000"]
+    assert "Recall in the gap" not in markdown.page(boards(data)[0], {})
