@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tasks._classification import Classification, labelled
-from tasks.base import Batch
+from tasks.base import Batch, Tokens
 
 PAD, UNKNOWN, END = 0, 1, 2  # ids; bytes are 1 .. 256, and characters from 3
 BYTES = 257  # ids where tokens are bytes
@@ -19,6 +21,12 @@ def byte_ids(text: str, length: int) -> np.ndarray:
     """The first `length` bytes of a text, each plus one, int16; an empty text is one pad."""
     ids = np.frombuffer(text[:length].encode("utf-8", "surrogateescape")[:length], np.uint8).astype(np.int16) + 1
     return ids if len(ids) else np.array([PAD], np.int16)
+
+
+def spelled(ids: Iterable[int]) -> list[str]:
+    """The characters of byte ids, each at its last byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [decoder.decode(bytes([i - 1])) if i != PAD else "" for i in ids]
 
 
 class Alphabet:
@@ -85,6 +93,9 @@ class ByteDocuments(Classification):
     def decoded(self, ids: np.ndarray) -> str:
         """The text that ids [L] without padding stand for."""
         return (ids[ids != PAD] - 1).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def spelled(self, tokens: Tensor) -> list[str] | None:
+        return spelled(tokens.tolist()) if self.spec.inputs == Tokens(vocab_size=BYTES) else None
 
     def examples(self, split: str) -> Batch:
         texts, labels = self.documents(split)

@@ -95,6 +95,11 @@ class LanguageTask(Task):
         hit = output.argmax(-1) == batch.targets
         return torch.stack([nats.view_as(batch.targets), hit.float()], -1)
 
+    def spelled(self, tokens: Tensor) -> list[str]:
+        """Text; > stands for START and _ for a token that text has not."""
+        start = self.tokenizer.start
+        return [self.tokenizer.spell(i) if i < start else ">_"[i > start] for i in tokens.tolist()]
+
     def derived(self, scores: Mapping[tuple[str, tuple[str, str]], Score]) -> Iterable[Score]:
         """Perplexity, e to the loss per token, wherever there is a loss."""
         for (metric, where), score in scores.items():

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tasks._classification import Classification, classification_spec, labelled
-from tasks._documents import PAD, byte_ids, padded
+from tasks._documents import BYTES, PAD, byte_ids, padded, spelled
 from tasks.base import Batch, TaskSpec, Tokens
 
 
@@ -36,6 +37,9 @@ class PairClassification(Classification):
     def decoded(self, ids: np.ndarray) -> str:
         """The text that ids [L] stand for."""
         return (ids[ids != PAD] - 1).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def spelled(self, tokens: Tensor) -> list[str] | None:
+        return spelled(tokens.tolist()) if self.spec.inputs == Tokens(vocab_size=BYTES) else None
 
     def batch(self, sides: Sequence[tuple[np.ndarray, np.ndarray]], labels: np.ndarray) -> Batch:
         """A split of padded ids [N, L] with their lengths [N], first texts and second ones."""

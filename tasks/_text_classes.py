@@ -11,9 +11,11 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from tasks import _cache, _disjoint
 from tasks._classification import Classification, classification_spec, labelled
+from tasks._documents import spelled
 from tasks.base import SPLITS, Batch, Tokens
 
 PAD, UNKNOWN = 0, 1  # token ids; data ids follow, bytes from 1 and words from 2
@@ -96,6 +98,12 @@ class TextClassification(Classification):
         if self.num_words is None:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int16) + 1
         return np.array([self._ids.get(word, UNKNOWN) for word in re.findall(WORD, text.casefold())], dtype=np.int16)
+
+    def spelled(self, tokens: Tensor) -> list[str]:
+        if self.num_words is None:
+            return spelled(tokens.tolist())
+        known = {PAD: "", UNKNOWN: " …"}
+        return [known[i] if i in known else f" {self._words[i - UNKNOWN - 1]}" for i in tokens.tolist()]
 
     def _decode(self, ids: np.ndarray) -> str:
         """A text of token ids, for the linear floors."""

@@ -32,11 +32,13 @@ class Tokenizer:
         vocab_size: V, START = V - 1 included.
         num_bytes: [V] of text that a token stands for, float32; 0 for START.
         encode: UTF-8 text (any bytes at the level of bytes) to ids.
+        spell: what an id stands for, to be read by people; "" where it is a part of a character.
     """
 
     vocab_size: int
     num_bytes: np.ndarray
     encode: Callable[[bytes], np.ndarray]
+    spell: Callable[[int], str]
 
     @property
     def start(self) -> int:
@@ -136,7 +138,13 @@ def _no_vocabulary(texts: Iterable[bytes], vocab_size: int | None) -> dict[str, 
 
 def _bytes(stored: Mapping[str, np.ndarray]) -> Tokenizer:
     """256 bytes."""
-    return Tokenizer(257, np.append(np.ones(256), 0).astype(np.float32), lambda text: np.frombuffer(text, np.uint8))
+    return Tokenizer(
+        257, np.append(np.ones(256), 0).astype(np.float32), lambda text: np.frombuffer(text, np.uint8), _spelled_byte
+    )
+
+
+def _spelled_byte(i: int) -> str:
+    return chr(i) if i < 128 else "·"
 
 
 def _characters_of(texts: Iterable[bytes], vocab_size: int | None) -> dict[str, np.ndarray]:
@@ -165,8 +173,11 @@ def _characters(stored: Mapping[str, np.ndarray]) -> Tokenizer:
         tokens[tokens < 0] = np.concatenate(spelled)
         return tokens
 
+    def spell(i: int) -> str:
+        return chr(points[i]) if i < len(points) else "·"
+
     sizes = [len(chr(point).encode()) for point in points.tolist()]
-    return Tokenizer(len(points) + 17, np.array([*sizes, *[0.5] * 16, 0], np.float32), encode)
+    return Tokenizer(len(points) + 17, np.array([*sizes, *[0.5] * 16, 0], np.float32), encode, spell)
 
 
 def _merges_of(texts: Iterable[bytes], vocab_size: int | None) -> dict[str, np.ndarray]:
@@ -189,7 +200,9 @@ def _merges(stored: Mapping[str, np.ndarray]) -> Tokenizer:
     """Byte-level BPE as in GPT-2, on words with their leading space; its merges are learned on train."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer as Model
+    from tokenizers import decoders
 
+    decoder = decoders.ByteLevel()
     model = Model.from_str(np.asarray(stored["json"]).tobytes().decode())
     names: dict[str, Any] = model.get_vocab()
     sizes = np.zeros(len(names) + 1, np.float32)
@@ -200,7 +213,10 @@ def _merges(stored: Mapping[str, np.ndarray]) -> Tokenizer:
         ids = [np.array(model.encode(piece).ids, np.int32) for piece in _pieces(_unicode(text))]
         return np.concatenate([np.zeros(0, np.int32), *ids])
 
-    return Tokenizer(len(sizes), sizes, encode)
+    def spell(i: int) -> str:
+        return str(decoder.decode([str(model.id_to_token(i))]))
+
+    return Tokenizer(len(sizes), sizes, encode, spell)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -54,6 +54,7 @@ class AbcMetre(Classification):
 
     version = 1
     name = "abc_metre"
+    source = "folk_tunes"
     classes = ("2/4", "3/4", "3/8", "4/4", "6/8", "9/8")
 
     def __init__(self, *, num_notes: int = 64, path: str | None = None) -> None:

@@ -211,6 +211,7 @@ class Task(ABC):
         seeded: whether data depend on the seed; a published data set is the same for all.
         references: those of `solvers` that are not trivial: parts of the way to the answer, to read scores by.
         group: name of the boards that are read together with this task's, such as the four patterns of one memory.
+        source: of real data, a name of `tasks.sources`; None: `data` or `corpus` of the YAML says it, or there is none.
     """
 
     version: ClassVar[int]
@@ -218,6 +219,7 @@ class Task(ABC):
     seeded: bool = True
     references: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[str | None] = None
+    source: ClassVar[str | None] = None
     protocol: str
     spec: TaskSpec
 
@@ -248,6 +250,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, predictions: Tensor, segment: Batch) -> list[Score]:
         """Scores of a whole segment, on the CPU: predictions [N, P] against `segment`."""
+
+    def spelled(self, tokens: Tensor) -> list[str] | None:
+        """Tokens [L] as a reader knows them, a text for each of them; None: they stand for nothing else."""
+        return None
 
     def derived(self, scores: Mapping[tuple[str, tuple[str, str]], Score]) -> Iterable[Score]:
         """Scores computed from pooled ones by (metric, slice), such as perplexity from the "loss"."""

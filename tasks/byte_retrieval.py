@@ -44,6 +44,7 @@ class ByteRetrieval(PairClassification):
 
     version = 1
     name = "byte_retrieval"
+    source = "aan"
     classes = ("unrelated", "cited")
 
     def __init__(self, *, protocol: str, max_length: int, path: str | None = None) -> None:

@@ -43,6 +43,7 @@ class ByteText(ByteDocuments):
 
     version = 1
     name = "byte_text"
+    source = "imdb"
     classes = ("negative", "positive")
 
     def __init__(self, *, protocol: str, max_length: int, path: str | None = None) -> None:

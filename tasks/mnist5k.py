@@ -37,6 +37,7 @@ class MNIST5k(PixelSequences):
 
     version = 1
     name = "mnist5k"
+    source = "mnist5k"
     key = "digit"
     classes = tuple(map(str, range(10)))
     full = 28

