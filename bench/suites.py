@@ -37,6 +37,11 @@ def completed(overrides: Sequence[str], config_dir: str | None = None) -> list[s
 
 def suite_of(task: str, config_dir: str | None = None) -> str:
     """The suite that names the task, else one whose task is of the same class, else the first of all."""
+    return named(task, config_dir) or FALLBACK
+
+
+def named(task: str, config_dir: str | None = None) -> str | None:
+    """`suite_of`, or None where no suite has the task or one of its class."""
     suites = {name: _brought(_read(path), "task") for name, path in options("suite", config_dir).items()}
     ordered = sorted(suites, key=lambda name: (name != FALLBACK, name))
     files = options("task", config_dir)
@@ -47,7 +52,7 @@ def suite_of(task: str, config_dir: str | None = None) -> str:
     for name in ordered:
         if any(_read(files[other]).get("_target_") == own for other in suites[name] if other in files):
             return name
-    return FALLBACK
+    return None
 
 
 def backbone_of(task: str, config_dir: str | None = None) -> str:
