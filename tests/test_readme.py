@@ -13,6 +13,7 @@ import pytest
 
 from bench.config import options
 from bench.list import attentions
+from tasks import sources
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,6 +26,12 @@ TINY = [
     "task.test=[{length: 16, num_pairs: 2, num_examples: 4}]",
     "seed=0",
 ]
+OTHER_TASKS = {  # choice -> mechanisms, and sizes of the task
+    "SUITE=images": ("softmax,neighborhood", []),
+    "SUITE=lm": ("softmax,none", ["task.limits={train: 100000, valid: 2000, test: 8000}"]),
+    "TASK=listops": ("softmax,none", ["task.train=64", "task.valid=16", "task.test=16"]),
+}
+DATA = {"SUITE=lm": "kjv", "kjv": "kjv"}  # a word of a command -> the source that it needs
 
 
 def commands() -> list[str]:
@@ -44,9 +51,10 @@ def run(words: list[str], results: Path) -> subprocess.CompletedProcess:
     if "SUITE=patterns" in words or "SUITE=catalogue" in words:
         words = [*words, "ATTENTION=softmax,nystrom"]
     tiny = TINY
-    if "SUITE=images" in words:
-        words = [*words, "ATTENTION=softmax,neighborhood"]
-        tiny = [word for word in TINY if not word.startswith("task.")]
+    for choice, (attention, sizes) in OTHER_TASKS.items():
+        if choice in words:
+            words = [*words, f"ATTENTION={attention}"]
+            tiny = [*(word for word in TINY if not word.startswith("task.")), *sizes]
     if words[:2] == ["make", "bench"]:
         words = [*words, f"RESULTS={results}", "DEVICE=cpu", f"ARGS={shlex.join(tiny)}", f"PY={sys.executable}"]
         words = [word for word in words if not word.startswith("SEEDS=")]
@@ -65,6 +73,11 @@ def test_the_two_commands_come_first():
 
 @pytest.mark.parametrize("command", [c for c in commands() if c != "make test"])
 def test_command_of_the_readme_runs(command, tmp_path):
+    for name in {DATA[word] for word in command.split() if word in DATA}:
+        try:
+            sources.fetch(name)
+        except sources.MissingData as error:
+            pytest.skip(f"no {name} here, and it cannot be had: {error}")
     (tmp_path / "results").mkdir()
     done = run(shlex.split(command), tmp_path / "results")
     assert done.returncode == 0, done.stdout + done.stderr
