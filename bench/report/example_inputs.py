@@ -1,4 +1,4 @@
-"""Pictures of example inputs of a task: images, series, windows to forecast; tokens stand in `example_tokens`."""
+"""Pictures of example inputs of a task: images, series, windows; tokens stand in `example_strips` and `_texts`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bench.report import example_tokens
+from bench.report import example_strips, example_texts
 from bench.report import figure as f
+from bench.report.example_tokens import answer, reads
 from tasks.base import IGNORE, Batch, PerSequence, Task, Tokens, Values
 
 NUMBER = 6  # examples in a picture, where one is small
@@ -36,7 +37,7 @@ def picture(row: str, task: Task, segments: Sequence[Batch]) -> bytes | None:
     if isinstance(task.spec.output, PerSequence) or task.spec.grid is not None:
         shortest = segments[0]
     windows = [segment for segment in segments if segment.slices]  # of language modeling: those with AR hits marked
-    if example_tokens.reads(task, segments[0]) and windows:
+    if reads(task, segments[0]) and windows:
         shortest = windows[0]
     png = f.render(_draw, Examples(row, task, shortest))
     return None if png is None else small(png)
@@ -58,9 +59,9 @@ def _draw(shown: Examples) -> Figure | None:
         return _forecasts(shown)
     if isinstance(spec.inputs, Tokens):
         rows = _chosen(shown, 4 if spec.context is not None else NUMBER)
-        if example_tokens.reads(shown.task, shown.segment):
-            return example_tokens.texts(shown.row, shown.task, shown.segment, rows[: None if _single(shown) else 3])
-        return example_tokens.strips(shown.row, shown.task, shown.segment, rows[:4])
+        if reads(shown.task, shown.segment):
+            return example_texts.texts(shown.row, shown.task, shown.segment, rows[: None if _single(shown) else 3])
+        return example_strips.strips(shown.row, shown.task, shown.segment, rows[:4])
     return _series(shown) if _single(shown) else _vectors(shown)
 
 
@@ -94,7 +95,7 @@ def _images(shown: Examples) -> Figure:
     axes = figure.subplots(1, len(rows), squeeze=False)[0]
     for ax, row, image in zip(axes, rows, images, strict=True):
         ax.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="none")
-        ax.set_title(example_tokens.answer(shown.task, int(shown.segment.targets[row, 0])))
+        ax.set_title(answer(shown.task, int(shown.segment.targets[row, 0])))
         step = image.shape[0] // grid[0]
         if step > 1:  # patches
             for edge in np.arange(step, image.shape[0], step) - 0.5:
@@ -134,7 +135,7 @@ def _series(shown: Examples) -> Figure:
         lines = lines[:SHOWN] if dense else lines
         for channel, line in enumerate(lines.T):
             ax.plot(line, color=f.PALETTE[channel % len(f.PALETTE)], lw=0.7, alpha=0.9)
-        ax.set_title(f"class {example_tokens.answer(shown.task, int(shown.segment.targets[row, 0]))}", loc="left")
+        ax.set_title(f"class {answer(shown.task, int(shown.segment.targets[row, 0]))}", loc="left")
         ax.margins(x=0.01)
         ax.tick_params(labelsize=6)
     for ax in axes[max(0, len(rows) - math.ceil(len(rows) / 2)) : len(rows)]:

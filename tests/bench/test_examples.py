@@ -14,7 +14,7 @@ from bench.cell import make_task
 from bench.config import ROOT, options
 from bench.list import comment
 from bench.report.example_inputs import picture
-from bench.report.example_tokens import _asked, _marks
+from bench.report.example_strips import _asked, _marks
 from tasks.base import Batch, Metric, PerSequence, PerToken, Task, TaskSpec, Tokens, Values, Vectors
 
 
