@@ -32,11 +32,6 @@ SECTIONS = {  # title -> modules of tasks, in order
     "More": (),
 }
 LARGE = "_lra", "_s4", "_paper", "_large", "_zoology", "_iclr24", "_based_mix", "_mad", "pathfinder32", "pathx"
-BACKBONES = {  # of tasks that no suite has
-    "pathfinder": "lra_encoder",
-    "mlm": "lm_encoder",
-    "snippet_documents": "text_encoder",
-}
 PRIVATE = "not to be passed on"  # in a licence: no picture for the page
 ELSEWHERE = {
     "digits": "scikit-learn's digits, of UCI, CC BY 4.0; in its package",
@@ -150,10 +145,7 @@ def command(name: str) -> str:
         chosen = {key: value for each in config["defaults"] if isinstance(each, dict) for key, value in each.items()}
         if chosen.get("override /task") == name:
             return f"`make bench PATTERN={pattern}`; suite `patterns`, backbone `{chosen['override /backbone']}`"
-    if suite := suites.named(name):
-        return f"`make bench TASK={name}`; suite `{suite}`, backbone `{suites.backbone_of(name)}`"
-    backbone = BACKBONES.get(module(options("task")[name]), "NAME")
-    return f"`make bench TASK={name} BACKBONE={backbone}`; in no suite"
+    return f"`make bench TASK={name}`; suite `{suites.suite_of(name)}`, backbone `{suites.backbone_of(name)}`"
 
 
 def kind(spec: Any) -> str:

@@ -14,22 +14,32 @@ from bench.errors import UserError
 
 AUTO = "auto"  # suite=auto: the one that the task belongs to
 FALLBACK = "recall"
+KIN = {  # tasks whose data come from a hub, and the suite of their packaged relatives
+    "tasks.byte_text.ByteText": "documents",
+    "tasks.byte_retrieval.ByteRetrieval": "pairs",
+    "tasks.grey_cifar10.GreyCIFAR10": "pixels",
+}
 
 
 def completed(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
     """The overrides with what they leave open and their task decides.
 
-    `suite=auto` becomes the suite of the task. A task without suite, pattern and backbone gets its suite's backbone.
+    `suite=auto` becomes the suite of the task. A task without suite, pattern and backbone gets its suite's backbone, or
+    that of the attention pattern that it is made for.
 
     Raises:
         UserError: several tasks that need different ones.
     """
-    named = {key: value for key, _, value in (text.partition("=") for text in overrides)}
-    tasks = [name for name in re.split(r"[,\s]+", named.get("task", "")) if name in options("task", config_dir)]
-    if named.get("suite") == AUTO:
+    chosen = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    tasks = [name for name in re.split(r"[,\s]+", chosen.get("task", "")) if name in options("task", config_dir)]
+    if chosen.get("suite") == AUTO:
         suite = _one("suite", {task: suite_of(task, config_dir) for task in tasks}) or FALLBACK
-        return [f"suite={suite}" if text == f"suite={AUTO}" else text for text in overrides]
-    if not tasks or named.keys() & {"suite", "pattern", "backbone"}:
+        overrides = [f"suite={suite}" if text == f"suite={AUTO}" else text for text in overrides]
+        if not any(_made_for(task, config_dir) for task in tasks):
+            return overrides
+    elif "suite" in chosen:
+        return list(overrides)
+    if not tasks or chosen.keys() & {"pattern", "backbone"}:
         return list(overrides)
     backbone = _one("backbone", {task: backbone_of(task, config_dir) for task in tasks})
     return list(overrides) if backbone == defaults()["backbone"] else [*overrides, f"backbone={backbone}"]
@@ -52,13 +62,21 @@ def named(task: str, config_dir: str | None = None) -> str | None:
     for name in ordered:
         if any(_read(files[other]).get("_target_") == own for other in suites[name] if other in files):
             return name
-    return None
+    return KIN.get(str(own))
 
 
 def backbone_of(task: str, config_dir: str | None = None) -> str:
-    """The backbone that a task's suite brings."""
+    """The backbone that the pattern of a task, or its suite, brings."""
+    if pattern := _made_for(task, config_dir):
+        return _brought(pattern, "backbone")[0]
     brought = _brought(_read(options("suite", config_dir)[suite_of(task, config_dir)]), "backbone")
     return brought[0] if len(brought) == 1 else defaults()["backbone"]
+
+
+def _made_for(task: str, config_dir: str | None) -> dict[str, Any] | None:
+    """The YAML of the attention pattern that a task is made for."""
+    patterns = (_read(path) for path in options("pattern", config_dir).values())
+    return next((pattern for pattern in patterns if task in _brought(pattern, "task")), None)
 
 
 def _one(what: str, by_task: dict[str, str]) -> str:

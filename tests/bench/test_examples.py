@@ -59,7 +59,7 @@ def test_how_a_row_is_run():
         "`make bench PATTERN=noncausal_cross`; suite `patterns`"
     )
     assert examples.command("listops") == "`make bench TASK=listops`; suite `lra`, backbone `lra_encoder`"
-    assert examples.command("mlm_kjv_char") == "`make bench TASK=mlm_kjv_char BACKBONE=lm_encoder`; in no suite"
+    assert examples.command("mlm_kjv_char") == "`make bench TASK=mlm_kjv_char`; suite `mlm`, backbone `lm_encoder`"
 
 
 def test_where_data_come_from():

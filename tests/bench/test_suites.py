@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench.config import compose
+from bench.config import compose, options
 from bench.errors import UserError
 from bench.expand import expand
-from bench.suites import backbone_of, completed, suite_of
+from bench.suites import backbone_of, completed, named, suite_of
 
 
 def test_a_task_belongs_to_the_suite_that_names_it_or_one_of_its_class():
@@ -27,6 +27,17 @@ def test_a_task_alone_brings_the_backbone_of_its_suite():
     assert completed(["task=mqar"]) == ["task=mqar"]
     for chosen in ("backbone=encoder", "suite=images", "pattern=causal_self"):
         assert completed(["task=digits", chosen]) == ["task=digits", chosen]
+
+
+def test_a_task_made_for_a_pattern_brings_the_backbone_of_the_pattern():
+    assert completed(["task=recall_noncausal_cross"]) == ["task=recall_noncausal_cross", "backbone=cross"]
+    assert completed(["suite=auto", "task=recall_noncausal_cross"])[-1] == "backbone=cross"
+    assert completed(["suite=auto", "task=recall_noncausal_cross", "pattern=noncausal_cross"])[-1].startswith("pattern")
+
+
+def test_every_task_has_a_suite_or_a_pattern():
+    for task in options("task"):
+        assert named(task) or task.startswith("recall_"), f"{task}: name it, or one of its class, in a suite"
 
 
 def test_tasks_of_different_suites_ask_for_a_backbone():
