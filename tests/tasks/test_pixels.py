@@ -126,7 +126,9 @@ def test_settings_that_cannot_be_are_one_line(small, changes, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"0,1,2\n", gzip.compress(b"a,b\n", mtime=0), b"\x1f\x8bcut", b"999," * 784 + b"3\n"])
+@pytest.mark.parametrize(
+    "content", [b"0,1,2\n", gzip.compress(b"a,b\n", mtime=0), b"\x1f\x8bcut", b"999," * 784 + b"3\n"]
+)
 def test_another_file_is_one_line(tmp_path, content):
     (tmp_path / "mnist_5k.csv.gz").write_bytes(content)
     task = MNIST5k(**MNIST, path=str(tmp_path))
