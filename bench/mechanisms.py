@@ -19,7 +19,7 @@ from bench.list import attentions
 
 PAGE = ROOT / "docs" / "mechanisms.md"
 MQAR = ROOT / "results" / "catalogue" / "leaderboards" / "mqar" / "leaderboard.csv"
-RECALL = ROOT / "results" / "leaderboards" / "patterns" / "index.csv"
+RECALL = ROOT / "results" / "catalogue" / "leaderboards" / "patterns" / "index.csv"
 SHORT = {"noncausal self": "NS", "causal self": "CS", "noncausal cross": "NC", "causal cross": "CC"}
 COLUMNS = ["row", "what it is", "patterns", "presets of the same file", "sources", "MQAR", "four-pattern recall"]
 NOT_MEASURED = "not measured"
