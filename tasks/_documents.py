@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -82,9 +83,9 @@ class ByteDocuments(Classification):
 
     max_length: int
 
+    @abstractmethod
     def documents(self, split: str) -> tuple[Sequence[str], np.ndarray]:
         """Texts and classes of a split."""
-        raise NotImplementedError
 
     def ids(self, text: str) -> np.ndarray:
         """What a model reads of a text, int16."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -76,9 +77,9 @@ class MAD(Skill):
         if law["length"] % 2:
             raise ValueError(f"length must be even, got {law['length']}; nearest: {law['length'] + 1}")
 
+    @abstractmethod
     def _choices(self, **law: Any) -> int:
         """How many tokens can be an answer; sets `answers` where trivial solvers read them off the input."""
-        raise NotImplementedError
 
     def _draw(self, rng: np.random.Generator, n: int, split: str, **setting: Any) -> Rows:
         train = () if self.law in ("memorization", "compression", "selective_copying") else (split == "train",)

@@ -7,9 +7,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from tasks import _abc, _disjoint, sources
+from tasks import _abc, _disjoint
 from tasks.abc_metre import LOWEST, OTHER, PITCH, REST, VALUE, VALUES, AbcMetre, _melody, _tokens
 from tasks.sources import MissingData
+from tests.tasks.packaged import fetched
 
 SPLITS = "train", "valid", "test"
 EIGHTH = _abc.WHOLE // 8
@@ -17,10 +18,7 @@ EIGHTH = _abc.WHOLE // 8
 
 @pytest.fixture(scope="module")
 def archive():
-    try:
-        return sources.fetch("folk_tunes")
-    except MissingData as error:
-        pytest.skip(f"the source cannot be had: {error}")
+    return fetched("folk_tunes")
 
 
 @pytest.fixture

