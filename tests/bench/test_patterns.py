@@ -93,7 +93,10 @@ def test_a_sweep_over_the_patterns_ends_with_the_composite_index(swept):
     ("words", "message"),
     [
         (["pattern=causal_corss"], 'unknown pattern "causal_corss"; nearest: causal_cross'),
-        (["task=recall_causal_cross"], "the task has a context; type backbone=cross or backbone=encoder_decoder"),
+        (
+            ["task=recall_causal_cross", "backbone=conv_decoder"],
+            "the task has a context; type backbone=cross or backbone=encoder_decoder",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words, message, tmp_path):
