@@ -20,7 +20,10 @@ from bench.list import comment, tasks
 
 FOLDER = ROOT / "docs" / "tasks"
 SECTIONS = {  # title -> modules of tasks, in order
-    "Recall and skills": ("mqar", "mqar_variants", "recall", "mad", "induction", "disjoint_sets"),
+    "Recall and skills": (
+        *("mqar", "mqar_compositional", "mqar_continuous", "mqar_forgetting", "mqar_read_twice"),
+        *("recall", "mad", "induction", "disjoint_sets"),
+    ),
     "Long Range Arena": ("listops", "pathfinder", "byte_text", "byte_retrieval", "grey_cifar10"),
     "Language modeling": ("lm", "mlm"),
     "Classification of texts and tunes": (

@@ -11,7 +11,7 @@ Source: Arora et al. 2023 (Zoology), https://arxiv.org/abs/2312.04927, section 4
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -170,6 +170,13 @@ def published(segment: Segment, vocab_size: int, power_a: float, seed: int, fill
             yield Rows(keys[now], values[now], slots[now], tokens[:, segment.context :])
 
     return assemble(segment, vocab_size, chunks())
+
+
+def published_seeds(counts: Mapping[str, int]) -> dict[str, list[int]]:
+    """Seed of every segment in Zoology's framework since February 2024, by the number of segments; `valid` is ours."""
+    random = np.random.RandomState(123)  # its stream is the protocol
+    bounds = {"train": (0, 2**31), "test": (2**31, 2**32), "valid": (0, 2**32)}
+    return {split: random.randint(*bounds[split], size=counts[split], dtype=np.int64).tolist() for split in bounds}
 
 
 def skip_filler(segment: Segment, vocab_size: int, filler: torch.Generator) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from tasks.base import IGNORE, Batch
+from tasks.base import IGNORE, Batch, Task
+
+
+def accuracy(task: Task, predict: Callable[[Batch], Tensor], segments: Sequence[Batch]) -> float:
+    """The task's first score of a solver, over all segments."""
+    scores = [task.score(predict(segment), segment)[0] for segment in segments]
+    return sum(s.value * s.count for s in scores) / sum(s.count for s in scores)
 
 
 def majority(train: Sequence[Batch], answers: tuple[int, int] | None) -> Tensor:

@@ -24,6 +24,7 @@ from tasks.base import IGNORE, SPLITS, Batch, Metric, Score, Task
 
 Array = NDArray[Any]
 Rows = dict[str, Array]  # inputs [n, L] or [n, L, F], labels [n, L], slices [n] or [n, L], by name
+Settings = Sequence[Mapping[str, int]]  # segments of a split
 PARTS = {"train": (0, 5), "valid": (6, 6), "test": (7, 7)}  # of the eight parts that a hash cuts all sequences into
 CHUNK = 2**18  # tokens drawn at a time; part of the data
 ACCURACY = {
@@ -118,15 +119,11 @@ class Skill(Task):
             found["most_frequent_answer"] = lambda segment: solver.most_frequent(segment, self.answers)
             found["latest_answer"] = lambda segment: solver.latest(segment, self.answers)
         found |= self._solvers()
-        return {name: self._accuracy(predict, splits["test"]) for name, predict in found.items()}
+        return {name: solver.accuracy(self, predict, splits["test"]) for name, predict in found.items()}
 
     def _solvers(self) -> dict[str, Callable[[Batch], Tensor]]:
         """Trivial solvers of one task, segment -> predictions [N, P]."""
         return {}
-
-    def _accuracy(self, predict: Callable[[Batch], Tensor], segments: Sequence[Batch]) -> float:
-        whole_ones = [self.score(predict(segment), segment)[0] for segment in segments]
-        return sum(s.value * s.count for s in whole_ones) / sum(s.count for s in whole_ones)
 
     def _generator(self, purpose: str, *parts: object) -> np.random.Generator:
         text = f"{self.name} {purpose} {' '.join(map(str, parts))}"

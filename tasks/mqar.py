@@ -130,12 +130,7 @@ class MQAR(Task):
         count = {name: len(segments) for name, segments in self._segments.items()}
         if self.protocol == "zoology_iclr24":
             return {"train": [0], "test": [10], "valid": list(range(20, 20 + count["valid"]))}[split]
-        random = np.random.RandomState(123)  # its stream is the protocol
-        half, full = 2**31, 2**32
-        seeds = {"train": random.randint(0, half, size=count["train"], dtype=np.int64)}
-        seeds["test"] = random.randint(half, full, size=count["test"], dtype=np.int64)
-        seeds["valid"] = random.randint(0, full, size=count["valid"], dtype=np.int64)
-        return seeds[split].tolist()
+        return _mqar_data.published_seeds(count)[split]
 
     def batches(self, segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
         """One epoch, every example once; the order of examples and lengths is the generator's (see the protocols)."""

@@ -10,9 +10,11 @@ import torch
 import yaml
 from hydra.utils import instantiate
 
-from tasks import _mqar_bindings, mqar_variants
+from tasks import _mqar_bindings
+from tasks._mqar_data import published_seeds
 from tasks.base import IGNORE, sha256
 from tasks.mqar import MQAR
+from tasks.mqar_forgetting import first_values
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "task"
 ROWS = "mqar_compositional", "mqar_forgetting", "mqar_continuous", "mqar_read_twice"
@@ -41,7 +43,7 @@ def test_the_published_generators_have_the_published_hashes():
 
 
 def test_seeds_are_those_of_the_published_framework():
-    seeds = mqar_variants.published_seeds({"train": [0] * 5, "valid": [0], "test": [0] * 7})
+    seeds = published_seeds({"train": 5, "valid": 1, "test": 7})
     assert seeds["train"][0] == 843828734 and seeds["train"][-1] == 974319580
     assert seeds["test"][0] == 2967327842 and seeds["test"][-1] == 3350193721
 
@@ -109,7 +111,7 @@ def test_an_update_always_changes_the_value_in_clean_and_not_always_as_published
 def test_the_first_value_is_right_for_keys_that_were_kept():
     built = few("mqar_forgetting")
     segment = built.segments("test", 0)[0]
-    scores = {s.slice: s.value for s in built.score(mqar_variants.first_values(segment), segment)}
+    scores = {s.slice: s.value for s in built.score(first_values(segment), segment)}
     assert scores["class", "kept"] == 1 and scores["class", "updated"] == 0
     assert scores["all", ""] == pytest.approx(0.5)
 

@@ -1,0 +1,55 @@
+"""MQAR whose whole input is read twice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+from tasks import _skill_solvers as solver
+from tasks._mqar_segments import whole
+from tasks._skills import Settings, repeated
+from tasks.base import Batch, TaskSpec
+from tasks.mqar import MQAR
+
+
+class ReadTwice(MQAR):
+    """MQAR whose whole input is read `repeats` times: from the second reading on it is known what will be asked.
+
+    Labels stand in the last reading. Data, protocols and keywords are MQAR's.
+
+    Source: Arora et al. 2024 (JRT), https://arxiv.org/abs/2407.05483: prompts repeated for recurrent models.
+    """
+
+    version = 1
+    name = "mqar_read_twice"
+
+    def __init__(
+        self,
+        *,
+        protocol: str,
+        vocab_size: int,
+        train: Settings,
+        valid: Settings,
+        test: Settings,
+        power_a: float = 0.01,
+        repeats: int = 2,
+    ):
+        super().__init__(protocol=protocol, vocab_size=vocab_size, train=train, valid=valid, test=test, power_a=power_a)
+        whole("repeats", repeats, 1)
+        self.repeats = repeats
+        self.spec = TaskSpec(**{**vars(self.spec), "length": repeats * self.spec.length})
+
+    @property
+    def id(self) -> str:
+        return f"{super().id},repeats={self.repeats}"
+
+    def segments(self, split: str, seed: int) -> list[Batch]:
+        return [repeated(batch, self.repeats) for batch in super().segments(split, seed)]
+
+    def solvers(self, splits: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+        values = self.vocab_size // 2, self.vocab_size
+        found = {"most_frequent_answer": solver.most_frequent, "latest_answer": solver.latest}
+        return {
+            name: solver.accuracy(self, functools.partial(predict, answers=values), splits["test"])
+            for name, predict in found.items()
+        }
