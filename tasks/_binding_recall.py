@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tasks import _cache
 from tasks._mqar_data import published_seeds, token_dtype
-from tasks._mqar_segments import read_vocabulary, whole
-from tasks._skills import ACCURACY, Rows, Settings, Skill, as_batch, one_of, read_settings
-from tasks.base import SPLITS, Batch, PerToken, TaskSpec, Tokens
+from tasks._mqar_segments import read_vocabulary
+from tasks._skill_rows import Rows, as_batch
+from tasks._skills import Settings, Skill, one_of
+from tasks.base import Batch
 
 PROTOCOLS = "clean", "zoology"
 
@@ -35,7 +36,8 @@ class BindingRecall(Skill):
     """
 
     key_size: ClassVar[int]  # tokens of a key
-    keys: ClassVar[tuple[str, ...]] = "length", "num_pairs"  # of a setting, beside num_examples
+    keys: ClassVar[tuple[str, ...]] = "length", "num_pairs"
+    least: ClassVar = {"num_updates": 0}
     replay: ClassVar[Callable[..., Rows]]  # the published generator
 
     def __init__(
@@ -50,42 +52,31 @@ class BindingRecall(Skill):
         repeats: int = 1,
     ):
         one_of("protocol", protocol, PROTOCOLS)
-        whole("repeats", repeats, 1)
         read_vocabulary(vocab_size + vocab_size % 2 * (self.key_size - 1), power_a)
-        self.protocol, self.vocab_size, self.power_a = protocol, vocab_size, float(power_a)
-        self.seeded, self.repeats = protocol == "clean", repeats
-        splits = dict(zip(SPLITS, (train, valid, test), strict=True))
-        self._settings = read_settings(splits, self.keys, {"num_updates": 0})
-        for split, settings in self._settings.items():
-            for i, setting in enumerate(settings):
-                self._check(f"{split}[{i}]", **setting)
+        self.protocol, self.seeded, self.power_a = protocol, protocol == "clean", float(power_a)
         self.first_value = vocab_size // (self.key_size + 1) * self.key_size
-        self.answers = self.first_value, vocab_size
-        self.spec = TaskSpec(
-            inputs=Tokens(vocab_size=vocab_size),
-            output=PerToken(num_classes=vocab_size),
-            length=repeats * max(s["length"] for settings in self._settings.values() for s in settings),
-            causal=True,
-            metrics=ACCURACY,
-            primary="accuracy",
-            chance=1 / (vocab_size - self.first_value),
-        )
+        super().__init__(vocab_size=vocab_size, train=train, valid=valid, test=test, repeats=repeats)
 
-    def _check(self, where: str, *, length: int, num_pairs: int, num_updates: int = 0, **_: int) -> None:
+    @property
+    def answers(self) -> tuple[int, int]:
+        return self.first_value, self.vocab_size
+
+    def _check(self, where: str, **setting: Any) -> None:
+        length, num_pairs, num_updates = setting["length"], setting["num_pairs"], setting.get("num_updates", 0)
         needed = (self.key_size + 1) * (2 * num_pairs + num_updates)
         if length < needed:
             raise ValueError(
-                f"{where}.length must be at least {needed} for {num_pairs} pairs"
+                f"{where}length must be at least {needed} for {num_pairs} pairs"
                 + (f" and {num_updates} updates" if num_updates else "")
                 + f", got {length}; nearest: length={needed}"
             )
         if num_updates > num_pairs:
-            raise ValueError(f"{where}.num_updates must be at most num_pairs={num_pairs}, got {num_updates}")
+            raise ValueError(f"{where}num_updates must be at most num_pairs={num_pairs}, got {num_updates}")
         side, most = round(num_pairs ** (1 / self.key_size)), self.vocab_size // (self.key_size + 1) - 1
         if side**self.key_size != num_pairs:
-            raise ValueError(f"{where}.num_pairs must be a square, got {num_pairs}; nearest: {side**2}")
+            raise ValueError(f"{where}num_pairs must be a square, got {num_pairs}; nearest: {side**2}")
         if side > most:
-            raise ValueError(f"{where}.num_pairs={num_pairs} needs more than {most} keys; raise vocab_size")
+            raise ValueError(f"{where}num_pairs={num_pairs} needs more than {most} keys; raise vocab_size")
 
     def _given(self, split: str, seed: int) -> list[Batch] | None:
         if self.protocol == "clean":

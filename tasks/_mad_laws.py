@@ -8,10 +8,12 @@ Source: Poli et al. 2024 (MAD), https://arxiv.org/abs/2403.17844, section 3; det
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from tasks._mqar_data import token_dtype
-from tasks._skills import Array, Rows, next_tokens
+from tasks._skill_rows import Array, Rows, next_tokens
 from tasks.base import IGNORE
 
 
@@ -138,6 +140,15 @@ def selective_copying(rng: np.random.Generator, n: int, *, vocab_size: int, leng
     distance[:, body + 1 :] = np.arange(body + 1, length) - places
     order[:, body + 1 :] = np.arange(num_copies)
     return {"inputs": inputs, "labels": labels, "distance": distance, "order": order}
+
+
+def room_to_copy(where: str, *, length: int, num_copies: int, **_: Any) -> None:
+    """Refuse a length without a place for every token, the copy token and every answer."""
+    if length <= 2 * num_copies + 1:
+        raise ValueError(
+            f"{where}length must be above 2 * num_copies + 1, got length={length} and num_copies={num_copies}; "
+            f"nearest: length={2 * num_copies + 2}"
+        )
 
 
 def since_last(names: Array) -> Array:

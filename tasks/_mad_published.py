@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks._skills import Array
+from tasks._skill_rows import Array
 from tasks.base import IGNORE
 
 SEED = 12345

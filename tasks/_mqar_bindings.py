@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks._mqar_data import power_law_slots
-from tasks._skills import Array, Rows
+from tasks._skill_rows import Array, Rows
 from tasks.base import IGNORE
 
 

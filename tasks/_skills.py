@@ -8,22 +8,19 @@ import hashlib
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tasks import _skill_solvers as solver
 from tasks._batches import in_order, merge, shuffled
 from tasks._mqar_segments import whole
 from tasks._recall_scores import by_group, power_range
-from tasks.base import IGNORE, SPLITS, Batch, Metric, Score, Task
+from tasks._skill_rows import Rows, as_batch, part_of, repeated
+from tasks.base import IGNORE, SPLITS, Batch, Metric, PerToken, Reconstruction, Score, Task, TaskSpec, Tokens, Vectors
 
-Array = NDArray[Any]
-Rows = dict[str, Array]  # inputs [n, L] or [n, L, F], labels [n, L], slices [n] or [n, L], by name
 Settings = Sequence[Mapping[str, int]]  # segments of a split
 PARTS = {"train": (0, 5), "valid": (6, 6), "test": (7, 7)}  # of the eight parts that a hash cuts all sequences into
 CHUNK = 2**18  # tokens drawn at a time; part of the data
@@ -40,15 +37,67 @@ class Skill(Task):
     train takes what falls into six of them, valid and test take one each. What a segment holds depends on (task,
     split, seed, its place in the list) alone, and a shorter segment is the beginning of a longer one.
 
-    Attributes:
-        answers: the tokens (first, last + 1) that trivial solvers choose from; None: they are not tokens of the input.
+    Args:
+        vocab_size: V.
+        train, valid, test: segments {num_examples, and `keys`}.
         repeats: how often the input is read; labels stand in the last reading (Arora et al. 2024, JRT,
             https://arxiv.org/abs/2407.05483, where the prompt is repeated).
+
+    Attributes:
+        keys: what a setting has beside num_examples.
+        least: the smallest vocab_size and values of keys, where 1 is too small.
+        answer_kind: what is predicted, of as many classes as the vocabulary has; vectors have `choices` classes.
     """
 
-    answers: tuple[int, int] | None = None
+    keys: ClassVar[tuple[str, ...]] = ("length",)
+    least: ClassVar[Mapping[str, int]] = {}
+    answer_kind: ClassVar[type[PerToken] | type[Reconstruction]] = PerToken
     repeats: int = 1
     _settings: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    def __init__(self, *, vocab_size: int, train: Settings, valid: Settings, test: Settings, repeats: int = 1):
+        whole("vocab_size", vocab_size, self.least.get("vocab_size", 1))
+        whole("repeats", repeats, 1)
+        self.vocab_size, self.repeats = vocab_size, repeats
+        self._read(train, valid, test, Tokens(vocab_size=vocab_size))
+
+    def _read(self, train: Settings, valid: Settings, test: Settings, inputs: Tokens | Vectors) -> None:
+        """Take the settings, each of which `_check` may refuse, and say what goes in and out."""
+        self._settings = read_settings(dict(train=train, valid=valid, test=test), self.keys, self.least)
+        every = [(f"{split}[{i}].", s) for split, own in self._settings.items() for i, s in enumerate(own)]
+        for where, setting in every:
+            self._check(where, **setting)
+        self._specify(inputs, self.repeats * max(self._length(**setting) for _, setting in every))
+
+    def _specify(self, inputs: Tokens | Vectors, length: int) -> None:
+        classes = inputs.vocab_size if isinstance(inputs, Tokens) else self.choices
+        self.spec = TaskSpec(
+            inputs=inputs,
+            output=self.answer_kind(num_classes=classes),
+            length=length,
+            causal=True,
+            metrics=ACCURACY,
+            primary="accuracy",
+            chance=1 / self.choices,
+        )
+
+    def _check(self, where: str, **setting: Any) -> None:
+        """Refuse a setting without data; `where` stands before the names of its keys, such as "train[0]."."""
+
+    def _length(self, **setting: Any) -> int:
+        """Positions of an example read once."""
+        return setting["length"]
+
+    @property
+    def answers(self) -> tuple[int, int] | None:
+        """The tokens (first, last + 1) that trivial solvers choose from; None: they are not tokens of the input."""
+        return None
+
+    @property
+    def choices(self) -> int:
+        """How many answers there are."""
+        low, high = self.answers or (0, self.vocab_size)
+        return high - low
 
     @property
     def id(self) -> str:
@@ -154,54 +203,6 @@ class Skill(Task):
     def _seeded(self, setting: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
         """The setting of a segment with what all splits of a seed share."""
         return setting
-
-
-def part_of(content: Array) -> Array:
-    """One of eight parts [n] for sequences of integers [n, L], by their content alone."""
-    flat = content.reshape(len(content), -1)
-    odd = np.random.default_rng(8).integers(2**63, size=flat.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    return ((flat.astype(np.uint64) + np.uint64(1)) * odd).sum(1, dtype=np.uint64) >> np.uint64(61)
-
-
-def as_batch(rows: Rows) -> Batch:
-    """Rows with a label, or IGNORE, at every position to a Batch of the labelled positions."""
-    labels = rows["labels"]
-    n, length = labels.shape
-    labelled = labels != IGNORE
-    width = int(labelled.sum(1).max())
-    columns = np.argsort(~labelled, axis=1, kind="stable")[:, :width]
-    targets = np.take_along_axis(labels, columns, 1)
-    positions = np.where(targets != IGNORE, columns, 0).astype(np.int16 if length < 2**15 else np.int32)
-    slices = {
-        name: values if values.ndim == 1 else np.take_along_axis(values, columns, 1)
-        for name, values in rows.items()
-        if name not in ("inputs", "labels")
-    }
-    slices["length"] = np.full(n, length, np.int32)
-    return Batch(
-        inputs=torch.from_numpy(rows["inputs"]),
-        positions=torch.from_numpy(positions),
-        targets=torch.from_numpy(targets),
-        slices={name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in slices.items()},
-    )
-
-
-def repeated(batch: Batch, times: int) -> Batch:
-    """The inputs read several times in a row, labels in the last reading."""
-    if times == 1:
-        return batch
-    length = batch.inputs.shape[1]
-    positions = batch.positions.long() + length * (times - 1)
-    positions = positions.masked_fill(batch.targets == IGNORE, 0)
-    small = torch.int16 if length * times < 2**15 else torch.int32
-    inputs = batch.inputs.repeat(1, times, *[1] * (batch.inputs.dim() - 2))
-    mask = None if batch.key_mask is None else batch.key_mask.repeat(1, times)
-    return replace(batch, inputs=inputs, positions=positions.to(small), key_mask=mask)
-
-
-def next_tokens(tokens: Array) -> Array:
-    """Labels of language modelling: [n, L] of the L + 1 tokens."""
-    return tokens[:, 1:].copy()
 
 
 def one_of(name: str, value: object, valid: Sequence[str]) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tasks._mqar_data import distinct, token_dtype
-from tasks._mqar_segments import whole
-from tasks._skills import ACCURACY, Rows, Skill, read_settings
-from tasks.base import IGNORE, SPLITS, Batch, PerToken, TaskSpec, Tokens
+from tasks._skill_rows import Rows
+from tasks._skills import Skill
+from tasks.base import IGNORE, Batch
 
 PREFIX, BETWEEN, ASK, SPECIAL = 1, 2, 3, 4  # 0 is the published mask token, unused by a causal reader
 ORDERS = "short_first", "long_first", "equal"
@@ -37,35 +37,23 @@ class DisjointSets(Skill):
     version = 1
     name = "disjoint_sets"
     protocol = "clean"
+    keys = "first", "second"
+    least: ClassVar = {"vocab_size": SPECIAL + 2}
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        train: Sequence[Mapping[str, int]],
-        valid: Sequence[Mapping[str, int]],
-        test: Sequence[Mapping[str, int]],
-        repeats: int = 1,
-    ):
-        whole("vocab_size", vocab_size, SPECIAL + 2)
-        whole("repeats", repeats, 1)
-        self.vocab_size, self.repeats = vocab_size, repeats
-        self._settings = read_settings(dict(zip(SPLITS, (train, valid, test), strict=True)), ("first", "second"))
-        most = max(s["first"] + s["second"] for settings in self._settings.values() for s in settings)
-        if most - 1 > vocab_size - SPECIAL:
+    @property
+    def choices(self) -> int:
+        return self.vocab_size - SPECIAL
+
+    def _check(self, where: str, **setting: Any) -> None:
+        both = setting["first"] + setting["second"]
+        if both - 1 > self.choices:
             raise ValueError(
-                f"first + second must be at most {vocab_size - SPECIAL + 1} with vocab_size={vocab_size}, got {most}; "
-                f"nearest: vocab_size={most - 1 + SPECIAL}"
+                f"{where}first + second must be at most {self.choices + 1} with vocab_size={self.vocab_size}, "
+                f"got {both}; nearest: vocab_size={both - 1 + SPECIAL}"
             )
-        self.spec = TaskSpec(
-            inputs=Tokens(vocab_size=vocab_size),
-            output=PerToken(num_classes=vocab_size),
-            length=repeats * (most + 3),
-            causal=True,
-            metrics=ACCURACY,
-            primary="accuracy",
-            chance=1 / (vocab_size - SPECIAL),
-        )
+
+    def _length(self, **setting: Any) -> int:
+        return setting["first"] + setting["second"] + 3
 
     def _draw(self, rng: np.random.Generator, n: int, split: str, **setting: Any) -> Rows:
         first, second = setting["first"], setting["second"]

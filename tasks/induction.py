@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tasks import _mad_laws
 from tasks._mqar_data import token_dtype
-from tasks._mqar_segments import whole
-from tasks._skills import ACCURACY, Rows, Skill, read_settings
-from tasks.base import IGNORE, SPLITS, PerToken, TaskSpec, Tokens
+from tasks._skill_rows import Rows
+from tasks._skills import Skill
+from tasks.base import IGNORE
 
 
 class Induction(Skill):
@@ -34,30 +33,11 @@ class Induction(Skill):
     version = 1
     name = "induction"
     protocol = "clean"
+    least: ClassVar = {"vocab_size": 3, "length": 3}
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        train: Sequence[Mapping[str, int]],
-        valid: Sequence[Mapping[str, int]],
-        test: Sequence[Mapping[str, int]],
-        repeats: int = 1,
-    ):
-        whole("vocab_size", vocab_size, 3)
-        whole("repeats", repeats, 1)
-        self.vocab_size, self.repeats, self.answers = vocab_size, repeats, (0, vocab_size - 1)
-        splits = dict(zip(SPLITS, (train, valid, test), strict=True))
-        self._settings = read_settings(splits, ("length",), {"length": 3})
-        self.spec = TaskSpec(
-            inputs=Tokens(vocab_size=vocab_size),
-            output=PerToken(num_classes=vocab_size),
-            length=repeats * max(s["length"] for settings in self._settings.values() for s in settings),
-            causal=True,
-            metrics=ACCURACY,
-            primary="accuracy",
-            chance=1 / (vocab_size - 1),
-        )
+    @property
+    def answers(self) -> tuple[int, int]:
+        return 0, self.vocab_size - 1
 
     def _draw(self, rng: np.random.Generator, n: int, split: str, **setting: Any) -> Rows:
         length, row = setting["length"], np.arange(n)
@@ -91,37 +71,15 @@ class SelectiveCopying(Skill):
     version = 1
     name = "selective_copying"
     protocol = "clean"
+    keys = "length", "num_copies"
+    least: ClassVar = {"vocab_size": 4}
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        train: Sequence[Mapping[str, int]],
-        valid: Sequence[Mapping[str, int]],
-        test: Sequence[Mapping[str, int]],
-        repeats: int = 1,
-    ):
-        whole("vocab_size", vocab_size, 4)
-        whole("repeats", repeats, 1)
-        self.vocab_size, self.repeats, self.answers = vocab_size, repeats, (0, vocab_size - 2)
-        splits = dict(zip(SPLITS, (train, valid, test), strict=True))
-        self._settings = read_settings(splits, ("length", "num_copies"))
-        for split, settings in self._settings.items():
-            for i, s in enumerate(settings):
-                if s["length"] <= 2 * s["num_copies"] + 1:
-                    raise ValueError(
-                        f"{split}[{i}].length must be above 2 * num_copies + 1, got length={s['length']} and "
-                        f"num_copies={s['num_copies']}; nearest: length={2 * s['num_copies'] + 2}"
-                    )
-        self.spec = TaskSpec(
-            inputs=Tokens(vocab_size=vocab_size),
-            output=PerToken(num_classes=vocab_size),
-            length=repeats * max(s["length"] for settings in self._settings.values() for s in settings),
-            causal=True,
-            metrics=ACCURACY,
-            primary="accuracy",
-            chance=1 / (vocab_size - 2),
-        )
+    @property
+    def answers(self) -> tuple[int, int]:
+        return 0, self.vocab_size - 2
+
+    def _check(self, where: str, **setting: Any) -> None:
+        _mad_laws.room_to_copy(where, **setting)
 
     def _draw(self, rng: np.random.Generator, n: int, split: str, **setting: Any) -> Rows:
         return _mad_laws.selective_copying(rng, n, vocab_size=self.vocab_size, **setting)

@@ -2,120 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from tasks import _cache, _mad_laws, _mad_published
-from tasks._mqar_data import token_dtype
-from tasks._mqar_segments import whole
-from tasks._skills import ACCURACY, Rows, Skill, as_batch, one_of
-from tasks.base import IGNORE, Batch, PerToken, Reconstruction, Score, TaskSpec, Tokens
-
-PROTOCOLS = "clean", "mad"
-MACRO_BATCH = 128  # examples over which MAD's accuracy is taken
-
-
-class MAD(Skill):
-    """A skill of MAD; the laws stand in `tasks/_mad_laws.py`, their replay in `tasks/_mad_published.py`.
-
-    Protocols:
-        clean: ours. Drawn from (task, split, seed), splits disjoint, every question answerable, padding and constant
-            tokens not trained on or scored, accuracy the mean over examples of the share of right answers.
-        mad: the published draw of seed 12345, whatever `seed` is: test follows train in one stream. Accuracy is theirs:
-            the mean over classes (those asked for or answered) within batches of 128 examples. `valid` is ours.
-
-    Recall skills are trained on every next token; what is scored, and the loss on valid and test, are the values that
-    can be known.
-
-    Args:
-        changes: settings that differ from the baseline in one factor, as mappings of keywords to values.
-        setting: 0 is the baseline, k the k-th of `changes`; it stands in the id.
-
-    Source: Poli et al. 2024, https://arxiv.org/abs/2403.17844; settings from the published configurations. Differs:
-    their learning rate stays constant (a scheduler that is never called), ours falls.
-    """
-
-    answer_kind: ClassVar[type[PerToken] | type[Reconstruction]] = PerToken
-    law: ClassVar[str]
-
-    def _open(self, protocol: str, changes: Sequence[Mapping[str, Any]], setting: int, **base: Any) -> None:
-        one_of("protocol", protocol, PROTOCOLS)
-        whole("setting", setting, 0)
-        if setting > len(changes):
-            raise ValueError(f"setting must be at most {len(changes)}, the number of changes, got {setting}")
-        change = dict(changes[setting - 1]) if setting else {}
-        for key in change:
-            one_of("key of changes", key, list(base))
-        values = {**base, **change}
-        for name, value in values.items():
-            if name != "noise_share":
-                whole(name, value, {"vocab_size": 4, "length": 4, "noise_vocab_size": 0}.get(name, 1))
-        counts = {split: values.pop(f"num_{split}") for split in ("train", "valid", "test")}
-        self._law, self._counts, self.seeded = values, counts, protocol == "clean"
-        self._check(**values)
-        self.protocol = protocol + "".join(f",{key}={value}" for key, value in change.items())
-        self._published = protocol == "mad"
-        self._settings = {split: [{"num_examples": count}] for split, count in counts.items()}
-        vocab_size, shorter = values["vocab_size"], self.law in ("recall", "noisy_recall")
-        self.spec = TaskSpec(
-            inputs=Tokens(vocab_size=vocab_size),
-            output=self.answer_kind(num_classes=vocab_size),
-            length=values["length"] - shorter,
-            causal=True,
-            metrics=ACCURACY,
-            primary="accuracy",
-            chance=1 / self._choices(**values),
-        )
-
-    def _check(self, **law: Any) -> None:
-        """Refuse a setting without data."""
-        if law["length"] % 2:
-            raise ValueError(f"length must be even, got {law['length']}; nearest: {law['length'] + 1}")
-
-    @abstractmethod
-    def _choices(self, **law: Any) -> int:
-        """How many tokens can be an answer; sets `answers` where trivial solvers read them off the input."""
-
-    def _draw(self, rng: np.random.Generator, n: int, split: str, **setting: Any) -> Rows:
-        train = () if self.law in ("memorization", "compression", "selective_copying") else (split == "train",)
-        return getattr(_mad_laws, self.law.replace("noisy_", ""))(rng, n, *train, **self._law, **setting)
-
-    def _given(self, split: str, seed: int) -> list[Batch] | None:
-        if not self._published:
-            return None
-        key = dict(task=self.id, version=self.version, law=self._law, counts=self._counts, split=split)
-        dtype = token_dtype(self._law["vocab_size"], self._law["length"])
-
-        def make() -> Rows:
-            inputs, labels = _mad_published.draw(self.law, split, self._counts, self._law)
-            return {"inputs": inputs.astype(dtype), "labels": labels.astype(dtype)}
-
-        return [as_batch(_cache.arrays(key, make))]
-
-    def score(self, predictions: Tensor, segment: Batch) -> list[Score]:
-        scores = super().score(predictions, segment)
-        if not self._published:
-            return scores
-        return [Score(metric="accuracy", value=macro(predictions, segment.targets), count=len(segment)), *scores[1:]]
-
-
-def macro(predictions: Tensor, targets: Tensor) -> float:
-    """Accuracy averaged over classes within batches of 128 examples, then over these by their size."""
-    total = 0.0
-    for said, true in zip(predictions.split(MACRO_BATCH), targets.split(MACRO_BATCH), strict=True):
-        kept = true != IGNORE
-        width = int(max(said[kept].max(), true[kept].max())) + 1
-        right, asked, answered = (
-            torch.bincount(part.long(), minlength=width).double()
-            for part in (true[kept & (said == true)], true[kept], said[kept])
-        )
-        total += len(true) * float((right / asked.clamp_min(1))[asked + answered > 0].mean())
-    return total / len(targets)
+from tasks import _mad_laws
+from tasks._mad import MAD, Changes
+from tasks.base import Reconstruction
 
 
 class InContextRecall(MAD):
@@ -123,35 +15,16 @@ class InContextRecall(MAD):
 
     version = 1
     name = "mad_recall"
-    law = "recall"
+    law = staticmethod(_mad_laws.recall)
+    next_token = True
 
-    def __init__(
-        self,
-        *,
-        protocol: str,
-        vocab_size: int,
-        length: int,
-        num_train: int,
-        num_valid: int,
-        num_test: int,
-        changes: Sequence[Mapping[str, float]] = (),
-        setting: int = 0,
-    ):
-        self._open(
-            protocol,
-            changes,
-            setting,
-            vocab_size=vocab_size,
-            length=length,
-            num_train=num_train,
-            num_valid=num_valid,
-            num_test=num_test,
-        )
+    @property
+    def answers(self) -> tuple[int, int]:
+        clear = self.vocab_size - self._law.get("noise_vocab_size", 0)
+        return clear // 2, clear
 
-    def _choices(self, **law: Any) -> int:
-        clear = law["vocab_size"] - law.get("noise_vocab_size", 0)
-        self.answers = clear // 2, clear
-        return clear - clear // 2
+    def _length(self, **law: Any) -> int:
+        return law["length"] - 1
 
 
 class NoisyRecall(InContextRecall):
@@ -159,7 +32,6 @@ class NoisyRecall(InContextRecall):
 
     version = 1
     name = "mad_noisy_recall"
-    law = "noisy_recall"
 
     def __init__(
         self,
@@ -172,24 +44,15 @@ class NoisyRecall(InContextRecall):
         num_train: int,
         num_valid: int,
         num_test: int,
-        changes: Sequence[Mapping[str, float]] = (),
+        changes: Changes = (),
         setting: int = 0,
     ):
-        self._open(
-            protocol,
-            changes,
-            setting,
-            vocab_size=vocab_size,
-            noise_vocab_size=noise_vocab_size,
-            noise_share=noise_share,
-            length=length,
-            num_train=num_train,
-            num_valid=num_valid,
-            num_test=num_test,
-        )
+        counts = num_train, num_valid, num_test
+        noise = dict(noise_vocab_size=noise_vocab_size, noise_share=noise_share)
+        self._open(protocol, vocab_size, length, counts, changes, setting, **noise)
 
-    def _check(self, **law: Any) -> None:
-        super()._check(**law)
+    def _check(self, where: str, **law: Any) -> None:
+        super()._check(where, **law)
         if not 0 <= law["noise_share"] < 1:
             raise ValueError(f"noise_share must lie in [0, 1), got {law['noise_share']}; published: 0.2")
         if law["noise_vocab_size"] > law["vocab_size"] - 4 or (law["noise_share"] and not law["noise_vocab_size"]):
@@ -204,7 +67,8 @@ class FuzzyRecall(MAD):
 
     version = 1
     name = "mad_fuzzy_recall"
-    law = "fuzzy_recall"
+    law = staticmethod(_mad_laws.fuzzy_recall)
+    next_token = True
 
     def __init__(
         self,
@@ -216,31 +80,22 @@ class FuzzyRecall(MAD):
         num_train: int,
         num_valid: int,
         num_test: int,
-        changes: Sequence[Mapping[str, float]] = (),
+        changes: Changes = (),
         setting: int = 0,
     ):
-        self._open(
-            protocol,
-            changes,
-            setting,
-            vocab_size=vocab_size,
-            max_motif=max_motif,
-            length=length,
-            num_train=num_train,
-            num_valid=num_valid,
-            num_test=num_test,
-        )
+        counts = num_train, num_valid, num_test
+        self._open(protocol, vocab_size, length, counts, changes, setting, max_motif=max_motif)
 
-    def _check(self, **law: Any) -> None:
-        keys, motif = (law["vocab_size"] - 1) // 2, law["max_motif"]
+    @property
+    def answers(self) -> tuple[int, int]:
+        return (self.vocab_size - 1) // 2, self.vocab_size - 1
+
+    def _check(self, where: str, **law: Any) -> None:
+        keys, motif = self.answers[0], law["max_motif"]
         if motif > keys or (keys + 1) ** motif >= 2**62:
             raise ValueError(f"max_motif must be at most the {keys} keys of the vocabulary, got {motif}; published: 3")
         if law["length"] < 6 * motif:
             raise ValueError(f"length must be at least 6 * max_motif = {6 * motif}, got {law['length']}")
-
-    def _choices(self, **law: Any) -> int:
-        self.answers = (law["vocab_size"] - 1) // 2, law["vocab_size"] - 1
-        return self.answers[1] - self.answers[0]
 
 
 class Memorization(MAD):
@@ -248,37 +103,15 @@ class Memorization(MAD):
 
     version = 1
     name = "mad_memorization"
-    law = "memorization"
+    law = staticmethod(_mad_laws.memorization)
 
-    def __init__(
-        self,
-        *,
-        protocol: str,
-        vocab_size: int,
-        length: int,
-        num_train: int,
-        num_valid: int,
-        num_test: int,
-        changes: Sequence[Mapping[str, float]] = (),
-        setting: int = 0,
-    ):
-        self._open(
-            protocol,
-            changes,
-            setting,
-            vocab_size=vocab_size,
-            length=length,
-            num_train=num_train,
-            num_valid=num_valid,
-            num_test=num_test,
-        )
-
-    def _choices(self, **law: Any) -> int:
-        return (law["vocab_size"] - 1) // 2
+    @property
+    def choices(self) -> int:
+        return (self.vocab_size - 1) // 2
 
     def _seeded(self, setting: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
         rng = self._generator("mapping", f"seed={seed}")
-        return {**setting, "mapping": _mad_laws.fixed_mapping(rng, self._law["vocab_size"])}
+        return {**setting, "mapping": _mad_laws.fixed_mapping(rng, self.vocab_size)}
 
 
 class Compression(MAD):
@@ -286,37 +119,15 @@ class Compression(MAD):
 
     version = 1
     name = "mad_compression"
-    law = "compression"
+    law = staticmethod(_mad_laws.compression)
     answer_kind = Reconstruction
 
-    def __init__(
-        self,
-        *,
-        protocol: str,
-        vocab_size: int,
-        length: int,
-        num_train: int,
-        num_valid: int,
-        num_test: int,
-        changes: Sequence[Mapping[str, float]] = (),
-        setting: int = 0,
-    ):
-        self._open(
-            protocol,
-            changes,
-            setting,
-            vocab_size=vocab_size,
-            length=length,
-            num_train=num_train,
-            num_valid=num_valid,
-            num_test=num_test,
-        )
+    @property
+    def choices(self) -> int:
+        return self.vocab_size - 1
 
-    def _check(self, **law: Any) -> None:
-        pass
-
-    def _choices(self, **law: Any) -> int:
-        return law["vocab_size"] - 1
+    def _check(self, where: str, **law: Any) -> None:
+        """Every length has data."""
 
 
 class SelectiveCopying(MAD):
@@ -324,7 +135,7 @@ class SelectiveCopying(MAD):
 
     version = 1
     name = "mad_selective_copying"
-    law = "selective_copying"
+    law = staticmethod(_mad_laws.selective_copying)
 
     def __init__(
         self,
@@ -336,28 +147,15 @@ class SelectiveCopying(MAD):
         num_train: int,
         num_valid: int,
         num_test: int,
-        changes: Sequence[Mapping[str, float]] = (),
+        changes: Changes = (),
         setting: int = 0,
     ):
-        self._open(
-            protocol,
-            changes,
-            setting,
-            vocab_size=vocab_size,
-            num_copies=num_copies,
-            length=length,
-            num_train=num_train,
-            num_valid=num_valid,
-            num_test=num_test,
-        )
+        counts = num_train, num_valid, num_test
+        self._open(protocol, vocab_size, length, counts, changes, setting, num_copies=num_copies)
 
-    def _check(self, **law: Any) -> None:
-        if law["length"] <= 2 * law["num_copies"] + 1:
-            raise ValueError(
-                f"length must be above 2 * num_copies + 1, got length={law['length']} and "
-                f"num_copies={law['num_copies']}; nearest: length={2 * law['num_copies'] + 2}"
-            )
+    @property
+    def answers(self) -> tuple[int, int]:
+        return 0, self.vocab_size - 2
 
-    def _choices(self, **law: Any) -> int:
-        self.answers = 0, law["vocab_size"] - 2
-        return law["vocab_size"] - 2
+    def _check(self, where: str, **law: Any) -> None:
+        _mad_laws.room_to_copy(where, **law)

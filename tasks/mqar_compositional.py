@@ -10,7 +10,7 @@ from tasks import _mqar_bindings
 from tasks._binding_recall import BindingRecall
 from tasks._mqar_bindings import lay_out, slot_weights
 from tasks._mqar_data import distinct, race
-from tasks._skills import Rows
+from tasks._skill_rows import Rows
 
 
 class CompositionalMQAR(BindingRecall):

@@ -9,8 +9,9 @@ import numpy as np
 
 from tasks._mqar_data import distinct, race
 from tasks._mqar_segments import read_vocabulary, whole
-from tasks._skills import ACCURACY, Rows, Settings, Skill, read_settings
-from tasks.base import IGNORE, SPLITS, Batch, PerToken, TaskSpec, Vectors
+from tasks._skill_rows import Rows
+from tasks._skills import Settings, Skill
+from tasks.base import IGNORE, Batch, Vectors
 
 
 class ContinuousMQAR(Skill):
@@ -33,6 +34,7 @@ class ContinuousMQAR(Skill):
     version = 1
     name = "mqar_continuous"
     protocol = "clean"
+    keys = ("num_pairs",)
 
     def __init__(
         self,
@@ -48,19 +50,20 @@ class ContinuousMQAR(Skill):
         whole("dim", dim, 1)
         whole("passes", passes, 1)
         self.values, self.dim, self.passes = vocab_size // 2, dim, passes
-        self._settings = read_settings(dict(zip(SPLITS, (train, valid, test), strict=True)), ("num_pairs",))
-        most = max(s["num_pairs"] for settings in self._settings.values() for s in settings)
-        if most > self.values:
-            raise ValueError(f"num_pairs must be at most vocab_size / 2 = {self.values}, got {most}")
-        self.spec = TaskSpec(
-            inputs=Vectors(dim=2 * dim),
-            output=PerToken(num_classes=self.values),
-            length=(passes + 1) * most,
-            causal=True,
-            metrics=ACCURACY,
-            primary="accuracy",
-            chance=1 / self.values,
-        )
+        self._read(train, valid, test, Vectors(dim=2 * dim))
+
+    @property
+    def choices(self) -> int:
+        return self.values
+
+    def _check(self, where: str, **setting: Any) -> None:
+        if setting["num_pairs"] > self.values:
+            raise ValueError(
+                f"{where}num_pairs must be at most vocab_size / 2 = {self.values}, got {setting['num_pairs']}"
+            )
+
+    def _length(self, **setting: Any) -> int:
+        return (self.passes + 1) * setting["num_pairs"]
 
     def solvers(self, splits: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
         """`a_shown_value`: what guessing among the values of the sequence gives on average."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from tasks import _skill_solvers as solver
 from tasks._mqar_segments import whole
-from tasks._skills import Settings, repeated
+from tasks._skill_rows import repeated
+from tasks._skills import Settings
 from tasks.base import Batch, TaskSpec
 from tasks.mqar import MQAR
 

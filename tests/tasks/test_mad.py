@@ -11,8 +11,8 @@ import yaml
 from hydra.utils import instantiate
 from scipy import stats
 
-from tasks import _mad_laws, _mad_published, mad
-from tasks._skills import part_of
+from tasks import _mad, _mad_laws, _mad_published
+from tasks._skill_rows import part_of
 from tasks.base import IGNORE, Reconstruction, sha256
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "task"
@@ -247,7 +247,7 @@ def test_published_accuracy_is_a_mean_over_classes_within_batches():
     true = torch.tensor([[0, 0, 0, 1]] * 128 + [[2, 2, 2, IGNORE]] * 64)
     said = torch.tensor([[0, 0, 0, 0]] * 128 + [[2, 2, 3, 3]] * 64)
     # first batch: classes 0 and 1 give 1 and 0; second: class 2 gives 2/3, and 3, answered and never asked for, 0
-    assert mad.macro(said, true) == pytest.approx((128 * 0.5 + 64 * (2 / 3 + 0) / 2) / 192)
+    assert _mad.macro(said, true) == pytest.approx((128 * 0.5 + 64 * (2 / 3 + 0) / 2) / 192)
     published = tiny("mad_compression_mad")
     assert published.score(torch.zeros(60, 32), published.segments("valid", 0)[0])[0].value == pytest.approx(1 / 16)
 

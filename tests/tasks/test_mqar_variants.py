@@ -200,7 +200,7 @@ def test_data_are_pinned():
             "num_updates must be at most num_pairs=2",
         ),
         ("mqar_forgetting", {"train": [{"length": 64, "num_examples": 1}]}, r"train\[0\] must have the keys of"),
-        ("mqar_continuous", {"vocab_size": 8}, "num_pairs must be at most vocab_size / 2 = 4, got 32"),
+        ("mqar_continuous", {"vocab_size": 8}, r"train\[1\].num_pairs must be at most vocab_size / 2 = 4, got 8"),
         ("mqar_read_twice", {"repeats": 0}, "repeats must be a whole number of at least 1"),
     ],
 )
