@@ -27,6 +27,17 @@ def shuffled(pools: Sequence[Batch], batch_size: int, generator: torch.Generator
         yield pool.rows(rows)
 
 
+def of_one_length(segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+    """Every example once: segments of equal length mixed, batches in random order; in order without a generator."""
+    if generator is None:
+        yield from in_order(segments, batch_size)
+        return
+    by_length: dict[int, list[Batch]] = {}
+    for segment in segments:
+        by_length.setdefault(segment.inputs.shape[1], []).append(segment)
+    yield from shuffled([merge(group) for group in by_length.values()], batch_size, generator)
+
+
 def merge(segments: Sequence[Batch], pad: int = 0) -> Batch:
     """Segments as one, padded on the right to the widest: inputs and context with `pad` under a mask, labels IGNORE."""
     if len(segments) == 1:

@@ -7,32 +7,21 @@ https://arxiv.org/abs/2312.04927); the paper does not have these two tasks.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tasks._mqar_data import power_law_slots
+from tasks._mqar_data import first_of_permutations, power_law_slots
+from tasks._mqar_segments import slot_weights
 from tasks._skill_rows import Array, Rows
 from tasks.base import IGNORE
-
-
-def slot_weights(num_slots: int, power_a: float) -> NDArray[np.float64]:
-    """Probability of each slot for the first pair, in the published order of operations."""
-    weights = power_a * np.arange(1, num_slots + 1) ** (power_a - 1)
-    return weights / weights.sum()
-
-
-def first(random: np.random.RandomState, n: int, population: int, count: int) -> Array:
-    """[n, count]: the first of one permutation per example, as legacy `choice` without replacement draws them."""
-    return np.stack([random.permutation(population)[:count] for _ in range(n)])
 
 
 def compositional(seed: int, n: int, *, vocab_size: int, power_a: float, length: int, num_pairs: int) -> Rows:
     """See `CompositionalMQAR`."""
     random = np.random.RandomState(seed)  # its stream is the protocol
     third, side, context = vocab_size // 3, round(num_pairs**0.5), 3 * num_pairs
-    one = 1 + first(random, n, third - 1, side)
-    two = third + first(random, n, third, side)
-    pair = first(random, n, num_pairs, num_pairs)
-    value = 2 * third + first(random, n, vocab_size - 2 * third, num_pairs)
+    one = 1 + first_of_permutations(random, n, side, third - 1)
+    two = third + first_of_permutations(random, n, side, third)
+    pair = first_of_permutations(random, n, num_pairs, num_pairs)
+    value = 2 * third + first_of_permutations(random, n, num_pairs, vocab_size - 2 * third)
     slots = power_law_slots(random, n, num_pairs, slot_weights((length - context) // 3, power_a))
     return lay_out(
         np.stack([np.take_along_axis(one, pair // side, 1), np.take_along_axis(two, pair % side, 1)], 2),
@@ -49,14 +38,14 @@ def forgetting(
     """See `ForgettingMQAR`; a new value is compared with the value of another key than its own, as published."""
     random = np.random.RandomState(seed)
     half = vocab_size // 2
-    key = 1 + first(random, n, half - 1, num_pairs)
-    value = half + first(random, n, vocab_size - half, num_pairs)
+    key = 1 + first_of_permutations(random, n, num_pairs, half - 1)
+    value = half + first_of_permutations(random, n, num_pairs, vocab_size - half)
     new = np.empty((n, num_updates), np.int64)
     for row in range(n):
         for column in range(num_updates):
             drawn = half + random.choice(vocab_size - half - 1)
             new[row, column] = drawn + (drawn >= value[row, column])  # skips a value, though of another key
-    chosen = first(random, n, num_pairs, num_updates)
+    chosen = first_of_permutations(random, n, num_updates, num_pairs)
     context = 2 * (num_pairs + num_updates)
     slots = power_law_slots(random, n, num_pairs, slot_weights((length - context) // 2, power_a))
     return lay_out(key[..., None], value, (chosen, new), slots, np.zeros((n, length), np.int64))

@@ -161,9 +161,10 @@ def published(segment: Segment, vocab_size: int, power_a: float, seed: int, fill
     """
     random = np.random.RandomState(seed)  # its stream is the protocol
     half, dtype = vocab_size // 2, token_dtype(vocab_size, segment.length)
-    keys = 1 + _first_of_permutations(random, segment, half - 1).astype(dtype)
-    values = half + _first_of_permutations(random, segment, half).astype(dtype)
-    slots = power_law_slots(random, segment.num_examples, segment.num_pairs, segment.slot_weights(power_a))
+    shape = segment.num_examples, segment.num_pairs
+    keys = 1 + first_of_permutations(random, *shape, half - 1).astype(dtype)
+    values = half + first_of_permutations(random, *shape, half).astype(dtype)
+    slots = power_law_slots(random, *shape, segment.slot_weights(power_a))
 
     def chunks() -> Iterator[Rows]:
         for now, tokens in _stream(segment, vocab_size, filler):
@@ -196,11 +197,11 @@ def _stream(segment: Segment, vocab_size: int, filler: torch.Generator | None) -
         yield slice(start, start + shape[0]), tokens.numpy()
 
 
-def _first_of_permutations(random: np.random.RandomState, segment: Segment, population: int) -> Array:
-    """[N, K]: the first K of one whole permutation per example, as legacy `choice` without replacement draws them."""
-    first = np.empty((segment.num_examples, segment.num_pairs), np.int32)
+def first_of_permutations(random: np.random.RandomState, n: int, count: int, population: int) -> Array:
+    """[n, count]: the first of one whole permutation per example, as legacy `choice` without replacement draws them."""
+    first = np.empty((n, count), np.int32)
     for row in first:
-        row[:] = random.permutation(population)[: segment.num_pairs]
+        row[:] = random.permutation(population)[:count]
     return first
 
 

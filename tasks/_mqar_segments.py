@@ -33,9 +33,13 @@ class Segment:
         return (self.length - self.context) // 2
 
     def slot_weights(self, power_a: float) -> NDArray[np.float64]:
-        """Probability [S] that the first pair is asked in slot i; operations in the published order, for equal bits."""
-        weights = power_a * np.arange(1, self.num_slots + 1) ** (power_a - 1)
-        return weights / weights.sum()
+        return slot_weights(self.num_slots, power_a)
+
+
+def slot_weights(num_slots: int, power_a: float) -> NDArray[np.float64]:
+    """Probability [S] that the first pair is asked in slot i; operations in the published order, for equal bits."""
+    weights = power_a * np.arange(1, num_slots + 1) ** (power_a - 1)
+    return weights / weights.sum()
 
 
 def read_segments(split: str, given: object, vocab_size: int, *, published: bool) -> list[Segment]:

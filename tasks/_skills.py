@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tasks import _skill_solvers as solver
-from tasks._batches import in_order, merge, shuffled
+from tasks._batches import of_one_length
 from tasks._mqar_segments import whole
 from tasks._recall_scores import by_group, power_range
 from tasks._skill_rows import Rows, as_batch, part_of, repeated
@@ -122,13 +122,7 @@ class Skill(Task):
     def batches(self, segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
         """One epoch, every example once, in batches of one length; in random order unless the generator is None."""
         whole("batch_size", batch_size, 1)
-        if generator is None:
-            yield from in_order(segments, batch_size)
-            return
-        by_length: dict[int, list[Batch]] = {}
-        for segment in segments:
-            by_length.setdefault(segment.inputs.shape[1], []).append(segment)
-        yield from shuffled([merge(group) for group in by_length.values()], batch_size, generator)
+        return of_one_length(segments, batch_size, generator)
 
     def score(self, predictions: Tensor, segment: Batch) -> list[Score]:
         """Accuracy of predictions [N, P]: the mean over examples of each example's share of right answers.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tasks import _mqar_data
-from tasks._batches import in_order, merge, shuffled
+from tasks._batches import of_one_length
 from tasks._mqar_segments import read_segments, read_vocabulary, whole
 from tasks._recall_scores import recall_scores
 from tasks.base import SPLITS, Batch, Metric, PerToken, Score, Task, TaskSpec, Tokens
@@ -135,13 +135,7 @@ class MQAR(Task):
     def batches(self, segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
         """One epoch, every example once; the order of examples and lengths is the generator's (see the protocols)."""
         whole("batch_size", batch_size, 1)
-        if generator is None or self.protocol == "based_mix":
-            yield from in_order(segments, batch_size)
-            return
-        by_length: dict[int, list[Batch]] = {}
-        for segment in segments:
-            by_length.setdefault(segment.inputs.shape[1], []).append(segment)
-        yield from shuffled([merge(group) for group in by_length.values()], batch_size, generator)
+        return of_one_length(segments, batch_size, None if self.protocol == "based_mix" else generator)
 
     # -- scoring ----------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tasks import _mqar_bindings
 from tasks._binding_recall import BindingRecall
-from tasks._mqar_bindings import lay_out, slot_weights
+from tasks._mqar_bindings import lay_out
 from tasks._mqar_data import distinct, race
+from tasks._mqar_segments import slot_weights
 from tasks._skill_rows import Rows
 from tasks.base import Batch
 
