@@ -17,6 +17,7 @@ from tasks._pathfinder_tables import FULL, tables
 
 LIMIT = 459  # claims that no two sticks may reach together, 1.8 pixels
 TRIES, DISTRACTOR_TRIES, SEED_TRIES = 3, 5, 100  # as published, but the last: tails tried for a free one
+SEED_LIMIT = 76  # claims that a published first stick may stand on, 0.3 pixels
 
 
 @compiled
@@ -26,30 +27,42 @@ def _claim(mask, place, sign, t, g, angle):
 
 
 @compiled
-def _room(mask, place, t, g, angle):
-    """How free the pixels under a stick are, 1: all of them; 0: it may not stand there."""
-    worst = 0
+def _fits(mask, place, t, g, angle):
+    """Whether a stick may stand there: no pixel is claimed too much."""
     for k in range(t.num_pixels[g, angle]):
-        there = min(mask[place + t.offset[g, angle, k]], FULL)
-        if there + t.claim[g, angle, k] >= LIMIT:
-            return 0.0
-        if t.ink[g, angle, k] > 0.1:
-            worst = max(worst, there)
-    return 1.0 - worst / FULL
+        if min(mask[place + t.offset[g, angle, k]], FULL) + t.claim[g, angle, k] >= LIMIT:
+            return False
+    return True
+
+
+@compiled
+def _free(mask, width, place, margin):
+    """How free the pixels within `margin` are, 1: all of them."""
+    worst = 0
+    for y in range(-margin, margin + 1):
+        for x in range(-margin, margin + 1):
+            if y * y + x * x <= margin * margin:
+                worst = max(worst, mask[place + y * width + x])
+    return 1.0 - min(worst, FULL) / FULL
+
+
+@compiled
+def _pivot(y, x, distance, stick, t, law):
+    """Set where the next stick turns, `distance` on from (y, x)."""
+    stick[3] = np.int64(np.ceil(y + distance * t.unit[stick[5], 0] - law.rounding))
+    stick[4] = np.int64(np.ceil(x + distance * t.unit[stick[5], 1] - law.rounding))
 
 
 @compiled
 def _extend(mask, width, frame, stick, t, g, law, state, weight):
-    """Draw the stick after `stick` (y, x, angle) into `stick[1]`; False where there is no room.
+    """Draw the stick after `stick` (as in `draw`) into `stick[1]`; False where there is no room.
 
     The mask counts `stick[0]`, which its successor may touch, so it is taken out for the time of looking.
     """
     side = width - 2 * frame
-    y, x, last = stick[0]
+    y, x, drawn, pivot_y, pivot_x, last = stick[0]
     here = (y + frame) * width + x + frame
-    _claim(mask, here, -1, t, g, last)
-    pivot_y = np.int64(np.ceil(y + t.margin[g] * t.unit[last, 0] - law.rounding))
-    pivot_x = np.int64(np.ceil(x + t.margin[g] * t.unit[last, 1] - law.rounding))
+    _claim(mask, here, -1, t, g, drawn)
     total = 0.0
     for c in range(t.steps[g]):
         weight[c] = 0.0
@@ -57,9 +70,12 @@ def _extend(mask, width, frame, stick, t, g, law, state, weight):
         turn = abs((angle - last + 180) % 360 - 180) * np.pi / 180 * law.continuity
         to_y, to_x = pivot_y + dy, pivot_x + dx
         if turn < np.pi / 2 and 0 <= to_y < side and 0 <= to_x < side:
-            weight[c] = np.cos(turn) ** 2 * _room(mask, (to_y + frame) * width + to_x + frame, t, g, angle)
+            place = (to_y + frame) * width + to_x + frame
+            weight[c] = np.cos(turn) ** 2 * _free(mask, width, place, t.margin[g])
+            if weight[c] > 0 and not _fits(mask, place, t, g, angle):
+                weight[c] = 0.0
             total += weight[c]
-    _claim(mask, here, 1, t, g, last)
+    _claim(mask, here, 1, t, g, drawn)
     if total < 1e-4:
         return False
     left = uniform(state) * total
@@ -70,27 +86,59 @@ def _extend(mask, width, frame, stick, t, g, law, state, weight):
             left -= weight[c]
             if left < 0:
                 break
-    stick[1, 0], stick[1, 1] = pivot_y + t.step[g, chosen, 0], pivot_x + t.step[g, chosen, 1]
-    stick[1, 2] = t.step[g, chosen, 2]
+    dy, dx, angle = t.step[g, chosen]
+    stick[1, 0], stick[1, 1], stick[1, 2], stick[1, 5] = pivot_y + dy, pivot_x + dx, angle, angle
+    if law.centred:
+        _pivot(pivot_y, pivot_x, law.paddle_length + 2 * t.margin[g], stick[1], t, law)
+    else:
+        _pivot(stick[1, 0], stick[1, 1], t.margin[g], stick[1], t, law)
     _claim(mask, (stick[1, 0] + frame) * width + stick[1, 1] + frame, 1, t, g, stick[1, 2])
     return True
 
 
 @compiled
-def _seed(mask, width, frame, y, x, stick, t, g, law, state):
-    """Try a first stick with its tail at (y, x) in any direction; False where there is no room."""
+def _seed(mask, width, frame, y, x, angle, border, stick, t, g, law):
+    """Try a first stick with its tail at (y, x); False where there is no room.
+
+    As published, a footprint must be free and `border` pixels away from the border; nothing need be at border -1.
+    """
     side = width - 2 * frame
-    angle = below(state, 360)
     head_y = np.int64(np.ceil(y + law.paddle_length * t.unit[angle, 0] - law.rounding))
     head_x = np.int64(np.ceil(x + law.paddle_length * t.unit[angle, 1] - law.rounding))
     if not (0 <= y < side and 0 <= x < side and 0 <= head_y < side and 0 <= head_x < side):
         return False
-    place = (head_y + frame) * width + head_x + frame
-    if _room(mask, place, t, g, angle) == 0:
-        return False
-    stick[0, 0], stick[0, 1], stick[0, 2] = head_y, head_x, angle
-    _claim(mask, place, 1, t, g, angle)
+    stick[0, 0], stick[0, 1], stick[0, 2], stick[0, 5] = head_y, head_x, angle, angle
+    _pivot(head_y, head_x, t.margin[g], stick[0], t, law)
+    if law.centred:  # drawn forwards, so from its tail; and the pivot is rounded up twice
+        stick[0, 0], stick[0, 1], stick[0, 2] = y, x, (angle + 180) % 360
+        _pivot(head_y, head_x, -law.paddle_length - t.margin[g], stick[0], t, law)
+        _pivot(stick[0, 3], stick[0, 4], law.paddle_length + 2 * t.margin[g], stick[0], t, law)
+    place = (stick[0, 0] + frame) * width + stick[0, 1] + frame
+    if not law.centred:
+        if not _fits(mask, place, t, g, angle):
+            return False
+    elif border >= 0:
+        for k in range(t.seeds[g, angle]):
+            to_y, to_x = y + t.seed[g, angle, k, 0], x + t.seed[g, angle, k, 1]
+            if not (border <= to_y < side - border and border <= to_x < side - border):
+                return False
+            if mask[(to_y + frame) * width + to_x + frame] > SEED_LIMIT:
+                return False
+    _claim(mask, place, 1, t, g, stick[0, 2])
     return True
+
+
+@compiled
+def _somewhere(mask, width, frame, border, stick, tail, t, g, law, state):
+    """A first stick in a direction drawn once, at one of the places that are free for it."""
+    angle, span = below(state, 360), width - 2 * frame - 2 * border
+    if law.centred and t.seeds[g, angle] == 0:
+        return False
+    for _ in range(SEED_TRIES):
+        tail[0], tail[1] = border + below(state, span), border + below(state, span)
+        if _seed(mask, width, frame, tail[0], tail[1], angle, border, stick, t, g, law):
+            return True
+    return False
 
 
 @compiled
@@ -103,22 +151,15 @@ def _shrink(mask, width, frame, sticks, first, last, t, g):
 @compiled
 def _pair(mask, width, frame, snakes, tips, t, g, law, state, weight):
     """Two snakes from seeds at their distance, grown in turns; False: start the image again."""
-    side = width - 2 * frame
-    low, span = (2 * law.seed_distance, side - 4 * law.seed_distance - 1) if law.centred else (0, side)
-    found = False
-    for _ in range(SEED_TRIES):
-        tips[0, 0], tips[0, 1] = low + below(state, span), low + below(state, span)
-        found = _seed(mask, width, frame, tips[0, 0], tips[0, 1], snakes[0], t, g, law, state)
-        if found:
-            break
-    if not found:
+    border = 2 * law.seed_distance if law.centred else 0
+    if not _somewhere(mask, width, frame, border, snakes[0], tips[0], t, g, law, state):
         return False
     found = False
     for _ in range(TRIES):
-        angle = below(state, 360)
+        around, angle = below(state, 360), below(state, 360)
         for axis in range(2):
-            tips[2, axis] = np.int64(np.ceil(tips[0, axis] + law.seed_distance * t.unit[angle, axis] - law.rounding))
-        found = _seed(mask, width, frame, tips[2, 0], tips[2, 1], snakes[1], t, g, law, state)
+            tips[2, axis] = np.int64(np.rint(tips[0, axis] + law.seed_distance * t.unit[around, axis]))
+        found = _seed(mask, width, frame, tips[2, 0], tips[2, 1], angle, -1, snakes[1], t, g, law)
         if found:
             break
     if not found:
@@ -138,23 +179,20 @@ def _pair(mask, width, frame, snakes, tips, t, g, law, state, weight):
         _shrink(mask, width, frame, snakes[s], length[s], now, t, g)
     for s in range(2):
         tips[2 * s + 1] = snakes[s, law.contour_length - 1, :2]
+    if law.centred:  # as published: nothing keeps others away from the last stick of the first snake
+        _shrink(mask, width, frame, snakes[0], law.contour_length - 1, law.contour_length, t, g)
     return True
 
 
 @compiled
 def _distract(mask, width, frame, others, t, g, law, state, weight):
     """Shorter snakes wherever there is room; returns how many."""
-    side, number, length = width - 2 * frame, 0, law.distractor_length
+    number, length, tail = 0, law.distractor_length, np.zeros(2, np.int64)
     for _ in range(law.num_distractors):
         for _ in range(DISTRACTOR_TRIES):
-            grown = 0
-            for _ in range(SEED_TRIES):
-                y, x = below(state, side), below(state, side)
-                if _seed(mask, width, frame, y, x, others[number], t, g, law, state):
-                    grown = 1
-                    break
-            if grown == 0:
-                return number  # hardly a pixel is free
+            if not _somewhere(mask, width, frame, 0, others[number], tail, t, g, law, state):
+                continue
+            grown = 1
             while grown < length and _extend(mask, width, frame, others[number, grown - 1 :], t, g, law, state, weight):
                 grown += 1
             if grown == length:
@@ -214,7 +252,7 @@ def _fill(images, labels, distances, snakes, tips, marked, number, first, key, t
     width = side + 2 * frame
     state, weight = np.zeros(1, np.uint64), np.zeros(t.step.shape[1])
     mask, image = np.zeros(width * width, np.int32), np.zeros(width * width, np.float32)
-    others = np.zeros((law.num_distractors + 1, law.distractor_length, 3), np.int64)
+    others = np.zeros((law.num_distractors + 1, law.distractor_length, 6), np.int64)
     begun = 0
     for i in range(len(images)):
         start(state, key, first + i)
@@ -258,15 +296,16 @@ def draw(text: str, first: int, number: int, law: Law) -> dict[str, np.ndarray]:
 
     Returns:
         image [n, side * side] uint8; label [n], 1: both discs on one snake; distance [n] of the discs in pixels;
-        sticks [n, 2, contour_length, 3], y, x of the head and angle; tips [n, 4, 2], start and end of the first snake
-        and of the second; marked [n, 2], the tips with a disc; distractors [n], how many; begun, pairs of snakes begun.
+        sticks [n, 2, contour_length, 6], y, x of the head and angle it is drawn back from there, pivot y, x of the next
+        one, and angle the snake goes on in; tips [n, 4, 2], start and end of the first snake and of the second; marked
+        [n, 2], the tips with a disc; distractors [n], how many; begun, pairs of snakes begun.
     """
     t, frame = tables(law)
     made: dict[str, Any] = dict(
         image=np.empty((number, law.side**2), np.uint8),
         label=np.empty(number, np.uint8),
         distance=np.empty(number, np.float32),
-        sticks=np.zeros((number, 2, law.contour_length, 3), np.int16),
+        sticks=np.zeros((number, 2, law.contour_length, 6), np.int16),
         tips=np.zeros((number, 4, 2), np.int16),
         marked=np.zeros((number, 2), np.int16),
         distractors=np.zeros(number, np.int16),

@@ -38,6 +38,9 @@ class Pathfinder(Task):
             targets (published at 32: brighter by a third); both classes have discs equally far apart (published: a
             threshold on the distance is right more often than not). White is 255 in every image.
         lra: the settings of Long Range Arena's data, those cues included, and images scaled to their brightest pixel.
+            Its generator finds places only for first sticks that point to the upper left, at 32 x 32 9 % of all
+            directions, and gives up soon: of 10, 6 and 5 distractors that are asked for at 32 (easy, intermediate,
+            hard) 3.4, 1.9 and 1.2 appear, so do they here, and 77, 73 and 66 % of the pixels are 0, at Path-X 87 %.
             Its models mask black pixels as padding, because both have id 0. Here every pixel is seen.
 
     Tokens are the 256 grey levels, whose order a model must find out by itself, as LRA demands; there is no padding.
@@ -56,12 +59,14 @@ class Pathfinder(Task):
 
     Source: Linsley et al. 2018, https://arxiv.org/abs/1805.08315; Tay et al. 2020 (Long Range Arena),
     https://arxiv.org/abs/2011.04006, section 2.2.5, settings from its description in TensorFlow Datasets; the published
-    generator, https://github.com/drewlinsley/pathfinder, for the law of the snakes. Differs: a snake that
-    is stuck takes back one to three sticks, where theirs throws away the pair; of all places for the next stick those
-    that touch another one are left out before drawing, not after; splits are streams, not cuts of one file.
+    generator, https://github.com/drewlinsley/pathfinder, for the law of the snakes; LRA's files were not seen, what is
+    said of them is what that code does when it runs. Differs: a snake that is stuck takes back one to three sticks,
+    where theirs throws away the pair; of all places for the next stick those that touch another one are left out before
+    drawing, not after; claims of sticks add up, where theirs keep the larger one; at 64 x 64 sticks are an eighth
+    brighter at a slant; splits are streams, not cuts of one file.
     """
 
-    version = 1
+    version = 2
     name = "pathfinder"
     classes = CLASSES
 
