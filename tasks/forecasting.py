@@ -17,6 +17,7 @@ from tasks.base import SPLITS, Batch, Metric, Score, Task, TaskSpec, Values, Vec
 
 FEATURES = "M", "S", "MS"
 FORMS = "cross", "sequence"
+LOOK_BACK = 48  # steps of the context that are recorded before a traced forecast
 
 
 class Forecasting(Task):
@@ -178,7 +179,8 @@ class Forecasting(Task):
         """Errors of predictions [N, P, V]: over all, by step ahead and by variable; two forecasts as they are.
 
         `forecast` and `target` of the slices trace0 and trace1 are one variable of the windows at 1/4 and 3/4 of the
-        segment, by step ahead.
+        segment, by step ahead; those of trace0_past and trace1_past are the end of the context, whose last step is 0.
+        `minutes` at step 1 is the time that a step takes.
         """
         if predictions.shape != segment.targets.shape:
             raise ValueError(f"predictions must be {list(segment.targets.shape)}, got {list(predictions.shape)}")
@@ -195,9 +197,17 @@ class Forecasting(Task):
         for name, value in zip(self.variables, variables, strict=True):
             scores.append(Score(metric="mse", value=value, count=count // len(variables), slice=("variable", name)))
         for number, window in enumerate((len(segment) // 4, 3 * len(segment) // 4)):
-            for metric, values in (("forecast", predictions), ("target", segment.targets)):
-                for step, value in enumerate(values[window, :, self.traced].tolist(), start=1):
-                    scores.append(Score(metric=metric, value=value, count=1, slice=(f"trace{number}", str(step))))
+            past = self._past(segment.rows(slice(window, window + 1)))[0, -LOOK_BACK:, self.traced].tolist()
+            lines = [
+                ("forecast", "", 1, predictions[window, :, self.traced].tolist()),
+                ("target", "", 1, segment.targets[window, :, self.traced].tolist()),
+                ("target", "_past", 1 - len(past), past),
+                ("minutes", "", 1, [self.minutes]),
+            ]
+            for metric, part, first, values in lines:
+                for step, value in enumerate(values, start=first):
+                    slice_ = f"trace{number}{part}", str(step)
+                    scores.append(Score(metric=metric, value=value, count=1, slice=slice_))
         return scores
 
     def solvers(self, splits: Mapping[str, Sequence[Batch]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from bench.report import slices, wording
 from bench.report.leaderboard import FLOORS, Board
 
 FORECASTS = 4  # mechanisms beside softmax whose forecasts are drawn
+PAST = "#5E7FA3"  # of the look-back: neither the grey of the target nor a colour of a mechanism
 
 
 def confusions(board: Board) -> Figure | None:
@@ -65,15 +66,34 @@ def forecasts(board: Board) -> Figure | None:
     handles: dict[str, Line2D] = {}
     for ax, trace in zip(axes, found, strict=True):
         if len(trace.past[0]):
-            (handles["look-back"],) = ax.plot(*trace.past, color=f.GREY, lw=1.0)
-            ax.axvline(trace.target[0][0] - 0.5, color=f.GREY, lw=0.6, ls=":")
-        (handles["target"],) = ax.plot(*trace.target, color="#9A9A9A", lw=3.2, solid_capstyle="round")
+            (handles["look-back"],) = ax.plot(*trace.past, color=PAST, lw=1.2)
+            ax.axvline(trace.past[0][-1], color=f.GREY, lw=0.6, ls=":")
+        (handles["target"],) = ax.plot(
+            *_joined(trace.past, trace.target), color="#9A9A9A", lw=3.2, solid_capstyle="round"
+        )
         for name in reversed(trace.forecasts):
-            (handles[name],) = ax.plot(*trace.forecasts[name], color=look[name][0], lw=1.2)
+            (handles[name],) = ax.plot(*_joined(trace.past, trace.forecasts[name]), color=look[name][0], lw=1.2)
         ax.set_ylabel(trace.name)
         ax.margins(x=0.01)
-    axes[-1].set_xlabel("step")
+    axes[-1].set_xlabel(f"step{_time(found[0].minutes)}")
     order = [name for name in ("look-back", "target", *names) if name in handles]
     labels = [f.shorten(name, 26) for name in order]
     figure.legend([handles[name] for name in order], labels, loc="outside right center", fontsize=7, frameon=False)
     return figure
+
+
+def _joined(past: tuple[np.ndarray, np.ndarray], ahead: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A series that begins at the last point of what came before."""
+    steps, values = (np.concatenate([before[-1:], after]) for before, after in zip(past, ahead, strict=True))
+    return steps, values
+
+
+def _time(minutes: float | None) -> str:
+    """' of 5 minutes', ' of an hour', or nothing where it is not known."""
+    if minutes is None:
+        return ""
+    for word, size in (("a day", 1440), ("an hour", 60), ("a minute", 1)):
+        if minutes >= size and minutes % size == 0:
+            number = round(minutes / size)
+            return f" of {word}" if number == 1 else f" of {number} {word.split()[1]}s"
+    return f" of {minutes:g} minutes"

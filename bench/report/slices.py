@@ -146,6 +146,7 @@ class Trace(NamedTuple):
     past: tuple[np.ndarray, np.ndarray]  # the look-back, ends one step before the target; empty where not recorded
     target: tuple[np.ndarray, np.ndarray]
     forecasts: dict[str, tuple[np.ndarray, np.ndarray]]
+    minutes: float | None  # that a step takes; None where not recorded
 
 
 def traces(board: Board, names: Collection[str]) -> list[Trace]:
@@ -170,7 +171,8 @@ def traces(board: Board, names: Collection[str]) -> list[Trace]:
             steps, past = _series(one[one["slice_key"] == key + PAST])
             if len(steps):
                 steps = steps - steps[-1] + target[0][0] - 1
-            found.append(Trace(key, (steps, past), target, forecasts))
+            _, minutes = _series(one[(one["slice_key"] == key) & (one["metric"] == "minutes")])
+            found.append(Trace(key, (steps, past), target, forecasts, minutes[0] if len(minutes) else None))
     return found
 
 

@@ -237,9 +237,22 @@ def test_errors_are_counted_by_step_and_variable(file):
     trace = [scores["forecast", ("trace0", str(step))].value for step in range(1, 8)]
     assert trace == predictions[window, :, 2].tolist()
     assert scores["target", ("trace1", "1")].value == float(segment.targets[3 * len(segment) // 4, 0, 2])
+    past = [scores["target", ("trace1_past", str(step))].value for step in range(1 - built.context_length, 1)]
+    ahead = built.starts("test")[3 * len(segment) // 4] + built.context_length
+    assert past == built.table[ahead - built.context_length : ahead, 2].tolist(), "it ends where the target begins"
+    assert scores["minutes", ("trace0", "1")].value == 60
     assert built.loss(predictions, segment).item() == pytest.approx(4 / (7 * V), rel=1e-5)
     with pytest.raises(ValueError, match="predictions must be"):
         built.score(predictions[:, :3], segment)
+
+
+@pytest.mark.parametrize("form", ["cross", "sequence"])
+def test_at_most_48_steps_before_a_forecast_are_recorded(file, form):
+    built = task(file, context_length=53, form=form)
+    (segment,) = built.segments("test", 0)
+    past = {int(s.slice[1]): s.value for s in built.score(segment.targets, segment) if s.slice[0] == "trace0_past"}
+    ahead = built.starts("test")[len(segment) // 4] + 53
+    assert list(past) == list(range(-47, 1)) and past[0] == float(built.table[ahead - 1, 2])
 
 
 def test_the_floor_of_the_day_before_is_exact_on_a_daily_rhythm(tmp_path):

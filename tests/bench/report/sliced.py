@@ -127,6 +127,7 @@ def forecast(**changes: Any) -> Frames:
             rows += [("target", wave[48 + i], f"trace{trace}", str(i)) for i in range(24)]
             rows += [("forecast", wave[48 + i] * (1 - value * i / 24), f"trace{trace}", str(i)) for i in range(24)]
             rows += [("target", wave[i], "trace0_past", str(i)) for i in range(48) if trace == 0]
+            rows += [("minutes", 30.0, "trace0", "1") for _ in range(trace == 0)]
         return [(metric, float(number), key, v) for metric, number, key, v in rows]
 
     values = 0.31, 0.33, 0.35, 0.38, 0.42, 0.47, 0.55, 0.9, 0.8, 21.0

@@ -327,12 +327,33 @@ def test_forecasts_stand_beside_the_target_and_behind_the_look_back(found):
     assert list(first.target[0]) == list(range(24)) and list(first.forecasts) == names
     np.testing.assert_allclose(first.target[1], np.sin(np.arange(24) / 4))  # of seed 0
     np.testing.assert_allclose(first.past[1], np.sin(np.arange(-48, 0) / 4))
+    assert (first.minutes, second.minutes) == (30, None)
     drawn = example_plots.forecasts(board)
+    upper, lower = drawn.axes
+    assert lower.get_xlabel() == "step of 30 minutes"
+    for line in upper.lines[2:]:  # target and forecasts go on from the last known value, at step -1 here
+        assert line.get_xdata()[0] == -1 and line.get_ydata()[0] == pytest.approx(first.past[1][-1])
+    assert all(line.get_xdata()[0] == 0 for line in lower.lines), "no look-back was recorded there"
     labels = [t.get_text() for t in drawn.legends[0].texts]
     assert labels == ["look-back", "target", *board.ranked[:4]]
     look = figure.looks(board.runs)
     colours = [[line.get_color() for line in ax.lines] for ax in drawn.axes]
     assert all(look[name][0] in colours[i] for name in board.ranked[:4] for i in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "words"),
+    [
+        (None, ""),
+        (5, " of 5 minutes"),
+        (60, " of an hour"),
+        (180, " of 3 hours"),
+        (1440, " of a day"),
+        (0.5, " of 0.5 m"),
+    ],
+)
+def test_the_time_of_a_step_is_in_words(minutes, words):
+    assert example_plots._time(minutes).startswith(words) and bool(words) == bool(example_plots._time(minutes))
 
 
 def test_softmax_is_drawn_wherever_it_stands():
