@@ -290,6 +290,7 @@ def header(cell: Cell) -> dict[str, Any]:
         source_hash=cell.source_hash,
         precision=cell.budget.precision,
         plugins=cell.settings["plugins"],
+        search=cell.settings["search"],
     )
 
 

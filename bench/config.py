@@ -21,11 +21,12 @@ CONF = ROOT / "conf"
 GROUPS = ("task", "backbone", "attention", "budget", "pattern", "suite")
 OPTIONAL = ("pattern", "suite")  # may be null
 PARTS = ("task", "backbone", "attention", "budget")  # the groups that make a cell
-SETTINGS = ("device", "jobs", "results", "retry", "plugins")  # of a run; no result depends on them
+SETTINGS = ("device", "jobs", "results", "retry", "plugins", "search")  # of a run; no result depends on them
 TOP = (*GROUPS, *SETTINGS, "seed")
 HYDRA = re.compile(
     r"hydra/launcher|hydra\.launcher\.\w+(\.\w+)*|hydra\.(verbose|mode)"
 )  # of its settings, those for overrides
+SEARCHES = ("grid", "first_seed")  # of the learning rate: every rate for every seed, or for the first seed alone
 STATUSES = ("ok", "diverged", "nan", "oom", "timeout", "unsupported", "error", "killed", "interrupted")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -108,7 +109,7 @@ class Choice:
     parts: dict[str, Any]
     names: dict[str, str]
     seeds: list[int]
-    settings: dict[str, Any] = field(default_factory=dict)  # device, jobs, results, retry, plugins
+    settings: dict[str, Any] = field(default_factory=dict)  # SETTINGS
 
     @property
     def budget(self) -> Budget:
@@ -177,6 +178,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     for status in settings["retry"]:
         if status not in STATUSES:
             raise unknown("status in retry", status, STATUSES)
+    if settings["search"] not in SEARCHES:
+        raise unknown("search", settings["search"], SEARCHES)
     if isinstance(settings["jobs"], bool):
         raise UserError(f"jobs must be auto or a positive whole number, got {settings['jobs']}")
 

@@ -46,6 +46,19 @@ class Cell:
         return Budget(**self.parts["budget"])
 
     @property
+    def planned(self) -> int:
+        """Runs that its search asks for, when the mechanism succeeds with the first seed."""
+        scouts = self.scouts
+        return len(scouts) + len({replica.seed for replica in self.replicas if replica not in scouts})
+
+    @property
+    def scouts(self) -> list[Replica]:
+        """The replicas that choose the learning rate: all, or those of the first seed."""
+        if self.settings["search"] == "grid":
+            return self.replicas
+        return [replica for replica in self.replicas if replica.seed == self.replicas[0].seed]
+
+    @property
     def title(self) -> str:
         return f"{self.names['task']} {self.names['backbone']} {self.names['attention']}"
 
@@ -134,12 +147,28 @@ def merge(cells: Iterable[Cell]) -> list[Cell]:
 
 def outstanding(
     cell: Cell, store: Store, retry: Sequence[str] = (), warnings: list[str] | None = None
-) -> list[Replica]:
-    """Replicas without a final record: never run, or ended with a status that is to be run again."""
+) -> tuple[list[Replica], list[Replica]]:
+    """The replicas that the cell's search needs as far as the records tell, and those of them that are left to run.
+
+    Left are those without a final record: never run, or ended with a status that is to be run again. What a search by
+    the first seed needs of the others is known once that seed is recorded at every rate.
+    """
+    records = {planned.run_id: store.latest(planned.run_id, warnings) for planned in cell.replicas}
+    needed = _needed(cell, {run_id: record for run_id, record in records.items() if record})
     again = {*ALWAYS_RETRIED, *retry}
-    left = []
-    for planned in cell.replicas:
-        record = store.latest(planned.run_id, warnings)
-        if record is None or record["status"] in again:
-            left.append(planned)
-    return left
+    return needed, [run for run in needed if (records[run.run_id] or {"status": ALWAYS_RETRIED[0]})["status"] in again]
+
+
+def _needed(cell: Cell, records: dict[str, dict[str, Any]]) -> list[Replica]:
+    from bench.report.statistics import choose_rate
+
+    scouts, valid = cell.scouts, {}
+    if len(scouts) == len(cell.replicas):
+        return scouts
+    for scout in scouts:
+        record = records.get(scout.run_id)
+        if record is None or record["status"] in ALWAYS_RETRIED:
+            return scouts
+        valid[scout.learning_rate] = {scout.seed: record.get("valid") if record["status"] == "ok" else None}
+    rate = choose_rate(valid, higher_is_better=records[scouts[0].run_id]["task"].get("higher_is_better", True))
+    return scouts + [run for run in cell.replicas if run not in scouts and run.learning_rate == rate]

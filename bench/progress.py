@@ -37,7 +37,7 @@ class Progress:
 
     def __init__(self, cells: list[Cell], out: TextIO | None = None):
         self.out = out or sys.stdout
-        self.rows = {cell.id: Row(cell.names["attention"], len(cell.replicas), cell.budget.max_steps) for cell in cells}
+        self.rows = {cell.id: Row(cell.names["attention"], cell.planned, cell.budget.max_steps) for cell in cells}
         tasks = {(cell.names["task"], cell.names["backbone"]) for cell in cells}
         if len(tasks) > 1:
             for cell in cells:
@@ -66,6 +66,13 @@ class Progress:
         if recorded == row.planned:
             self._line(f"{row.title}: all {recorded} runs recorded already")
 
+    def settled(self, cell: Cell, needed: int) -> None:
+        """A search by the first seed has found how many runs a cell needs: fewer than planned where no rate works."""
+        row = self.rows[cell.id]
+        if needed < row.planned:
+            row.planned = needed
+            self._ended(row)
+
     def event(self, cell: Cell, event: dict[str, Any]) -> None:
         """An event of a child: start, step or done."""
         row = self.rows[cell.id]
@@ -80,8 +87,7 @@ class Progress:
             row.statuses.append(event["status"])
             if event["status"] not in ("ok", "unsupported"):
                 self._line(f"{row.title}: {event['status']}: {event['reason']}")
-            if row.recorded + row.done == row.planned:
-                self._line(f"{row.title}: done, {row.planned} runs, best valid {_number(row.best)}")
+            self._ended(row)
         if self.live is None and time.monotonic() - self.last_line > PLAIN_SECONDS:
             self._line(self._headline())
 
@@ -90,6 +96,10 @@ class Progress:
         if cells != self.wait and cells:
             self._line(f"waiting for another sweep to finish {cells} cell{'s' if cells > 1 else ''}")
         self.wait = cells
+
+    def _ended(self, row: Row) -> None:
+        if row.recorded + row.done == row.planned:
+            self._line(f"{row.title}: done, {row.planned} runs, best valid {_number(row.best)}")
 
     def _line(self, text: str) -> None:
         self.last_line = time.monotonic()

@@ -31,7 +31,10 @@ def main() -> int:
     total: Counter[str] = Counter()
     for cell in cells:
         counts: Counter[str] = Counter()
-        for replica in cell.replicas:
+        needed, left = plan.outstanding(cell, store)
+        if any(replica in cell.scouts for replica in left):  # which of the others will be needed is not known yet
+            counts["planned"] = cell.planned - len(needed)
+        for replica in needed:
             record = latest.get(replica.run_id)
             if record is not None:
                 counts[record["status"]] += 1

@@ -58,6 +58,8 @@ class Sweep:
     queue: list[Job] = field(default_factory=list)
     running: dict[int, tuple[Job, Child]] = field(default_factory=dict)
     held: dict[str, FileLock] = field(default_factory=dict)
+    scouted: set[str] = field(default_factory=set)  # ids of cells whose first seed had its turn
+    searched: list[Cell] = field(default_factory=list)  # of these, those whose other seeds have theirs now
     interrupted: str = ""  # by what
     statuses: Counter = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
@@ -74,8 +76,8 @@ class Sweep:
         waiting = list(self.cells)
         handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while (waiting or self.queue or self.running) and not self.interrupted:
-                waiting = self._admit(waiting)
+            while (waiting or self.searched or self.queue or self.running) and not self.interrupted:
+                waiting, self.searched = self._admit([*self.searched, *waiting]), []
                 self._start()
                 self._watch()
                 self.progress.waiting(len(waiting) if not (self.queue or self.running) else 0)
@@ -113,8 +115,15 @@ class Sweep:
                 continue
             except OSError as error:
                 raise StoreError(f"cannot lock {lock.lock_file}: {error.strerror or error}") from error
-            left = outstanding(cell, self.store, self.retry, self.warnings)
-            self.progress.admitted(cell, len(cell.replicas) - len(left))
+            needed, left = outstanding(cell, self.store, self.retry, self.warnings)
+            if cell.id in self.scouted:
+                left = [replica for replica in left if replica not in cell.scouts]
+                self.progress.settled(cell, len(needed))
+            else:
+                self.progress.admitted(cell, len(needed) - len(left))
+                if not any(replica in cell.scouts for replica in left):
+                    self.scouted.add(cell.id)
+                    self.progress.settled(cell, len(needed))
             if not left:
                 lock.release()
                 continue
@@ -156,6 +165,10 @@ class Sweep:
                 j.cell.id == job.cell.id for j, _ in self.running.values()
             ):
                 self.held.pop(job.cell.id).release()
+                by_first_seed = len(job.cell.scouts) < len(job.cell.replicas)
+                if by_first_seed and job.cell.id not in self.scouted | self.impossible.keys():
+                    self.scouted.add(job.cell.id)
+                    self.searched.append(job.cell)
 
     def _tell(self, child: Child, event: dict[str, Any]) -> None:
         if event["event"] == "done":

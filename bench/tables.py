@@ -77,6 +77,7 @@ def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
         leaks=record.get("leaks"),
         budget=names["budget"],
         seed=record["seed"],
+        search=record.get("search", "grid"),
         learning_rate=record["learning_rate"],
         metric=task.get("primary"),
         metric_unit=task.get("unit"),

@@ -32,6 +32,7 @@ RUNS = {
     "pattern": ("string", "of the slot that the mechanism fills: 'causal self', 'noncausal cross', ..."),
     "budget": ("string", "row name of the budget"),
     "seed": ("Int64", "of weights and data"),
+    "search": ("string", "of the learning rate: grid, every rate for every seed, or first_seed, for the first alone"),
     "learning_rate": ("float64", "peak"),
     "metric": ("string", "name of the primary metric"),
     "metric_unit": ("string", "its unit; 'fraction' lies in [0, 1]"),

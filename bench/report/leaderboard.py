@@ -76,6 +76,19 @@ class Board:
         """Mechanisms, learning rates and seeds that were planned, as far as the records show it."""
         return self.runs["attention"].nunique(), self.runs["learning_rate"].nunique(), self.runs["seed"].nunique()
 
+    @property
+    def by_first_seed(self) -> bool:
+        """One seed chose the learning rate of the others."""
+        return set(self.runs["search"]) == {"first_seed"}
+
+    @property
+    def planned(self) -> int:
+        """Runs of the whole grid; a search by the first seed ends there for a mechanism that no rate suits."""
+        mechanisms, rates, seeds = self.grid
+        if not self.by_first_seed:
+            return mechanisms * rates * seeds
+        return mechanisms * rates + (seeds - 1) * self.runs.loc[self.runs["good"], "attention"].nunique()
+
 
 def boards(
     frames: Frames, *, solved: float = SOLVED, only: Iterable[tuple[str, str, str]] | None = None

@@ -10,7 +10,7 @@ import pandas as pd
 from bench.report import files, wording
 from bench.report.frames import Frames
 from bench.report.leaderboard import safe
-from bench.report.mad_score import BOARD, mad_runs, mad_scores
+from bench.report.mad_score import BOARD, best_rate, mad_runs, mad_scores
 from bench.report.markdown import escape, table
 from bench.report.statistics import LEVEL
 
@@ -41,9 +41,8 @@ def pages(frames: Frames, defaults: Mapping[str, str]) -> dict[str, dict[str, by
 
 def _wide(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """One row per mechanism: its score, and the accuracy in every setting."""
-    valid = runs.groupby(["attention", "setting", "learning_rate"], as_index=False)[["valid", "test"]].mean()
-    best = valid.loc[valid.groupby(["attention", "setting"])["valid"].idxmax()]
-    settings = best.pivot_table(index="attention", columns="setting", values="test")
+    best = [own[own["learning_rate"] == best_rate(own)] for _, own in runs.groupby(["attention", "setting"])]
+    settings = pd.concat(best).pivot_table(index="attention", columns="setting", values="test")
     return scores.drop(columns=BOARD).join(settings, on="attention")
 
 

@@ -64,8 +64,16 @@ def mad_scores(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values([*BOARD, "score"], ascending=[True] * len(BOARD) + [False], ignore_index=True)
 
 
+def best_rate(group: pd.DataFrame) -> float | None:
+    """The learning rate of one mechanism in one setting, by `valid` of the seeds that have every rate."""
+    valid: dict[float, dict[int, float | None]] = {}
+    for run in group.to_dict("records"):
+        valid.setdefault(run["learning_rate"], {})[run["seed"]] = run["valid"]
+    return statistics.choose_rate(valid)
+
+
 def _at_best_rate(group: pd.DataFrame) -> tuple[float, float, int]:
-    """Mean test over seeds at the learning rate with the best mean on valid, its squared error, seeds - 1."""
-    rate = group.groupby("learning_rate")["valid"].mean().idxmax()
+    """Mean test over seeds at the learning rate that is best on valid, its squared error, seeds - 1."""
+    rate = best_rate(group)
     values = group.loc[group["learning_rate"] == rate, "test"].tolist()
     return (*statistics.mean_error(values), len(values) - 1)

@@ -121,17 +121,20 @@ def conditions(board: Board) -> dict[str, str]:
     """The facts that hold for the whole board, by heading; several values are counted."""
     runs, key = board.runs, board.key
     mechanisms, rates, seeds = board.grid
-    planned, status = mechanisms * rates * seeds, Counter(runs["status"])
+    status = Counter(runs["status"])
     failed = len(runs) - status["ok"] - status["unsupported"]
     days = sorted(runs["started_at"].dropna().str.slice(0, 10))
     when = "" if not days else f"; run on {days[0]}" if days[0] == days[-1] else f"; run from {days[0]} to {days[-1]}"
     chance = "" if missing(board.measure.chance) else f"; chance {number(board.measure.chance, board.fraction)}"
+    grid = f"{_count(rates, 'learning rate')} × {_count(seeds, 'seed')}"
+    if board.by_first_seed:
+        others = _count(seeds - 1, "seed")
+        grid = f"({_count(rates, 'learning rate')} with the first seed, then {others} at the rate best on valid)"
     return {
         "Task": f"{several(runs['task_id'])}, version {several(runs['task_version'])}; {metric(board)}{chance}",
         "Budget": budget(key.budget, runs),
-        "Runs": f"{_count(mechanisms, 'mechanism')} × {_count(rates, 'learning rate')} × {_count(seeds, 'seed')} "
-        f"= {planned} planned: "
-        f"{status['ok']} ok, {failed} failed, {status['unsupported']} unsupported, {planned - len(runs)} missing{when}",
+        "Runs": f"{_count(mechanisms, 'mechanism')} × {grid} = {board.planned} planned: {status['ok']} ok, "
+        f"{failed} failed, {status['unsupported']} unsupported, {board.planned - len(runs)} missing{when}",
         "Machine": machine(runs),
     }
 
@@ -178,11 +181,9 @@ def warnings(board: Board) -> list[str]:
     """What a reader must know before comparing two rows, one line each."""
     lines = []
     ranked = board.table[board.table["rank_best"].notna()].to_dict("records")
-    mechanisms, rates, seeds = board.grid
-    if len(board.runs) < mechanisms * rates * seeds:
-        lines.append(
-            f"{mechanisms * rates * seeds - len(board.runs)} runs of the grid are missing; ranks are provisional."
-        )
+    seeds = board.grid[2]
+    if len(board.runs) < board.planned:
+        lines.append(f"{board.planned - len(board.runs)} runs of the grid are missing; ranks are provisional.")
     absent = [name for name in FLOORS if name not in set(board.runs["attention"])]
     if absent:
         lines.append(f"Floors not run: {', '.join(absent)}; how far a score is above them is unknown.")

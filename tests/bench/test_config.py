@@ -73,6 +73,7 @@ def message(*overrides, folder=None):
         ("attention=softmax,none", '"attention=softmax,none" is a sweep, add -m to the command'),
         ("retry=error", "retry must be a list of words, got 'error'; type retry=[error]"),
         ("retry=[eror]", 'unknown status in retry "eror"; nearest: error'),
+        ("search=first_sed", 'unknown search "first_sed"; nearest: first_seed'),
         ("device=5", "device must be a word, got 5; type device=auto"),
         ("results=null", "results must be a word, got None; type results=results"),
         ("jobs=true", "jobs must be auto or a positive whole number, got True"),

@@ -108,9 +108,28 @@ def test_however_a_child_ends_its_replica_has_a_status_and_the_others_go_on(tmp_
     assert sum(len(cell.replicas) for cell in cells) == sum(sweep.statuses.values()) == 7  # recorded = planned
     assert not sweep.held and not sweep.running and not sweep.queue
     # a failure is a result: only what nobody is to blame for runs again by itself
-    left = [cell.names["attention"] for cell in cells if plan.outstanding(cell, sweep.store)]
+    left = [cell.names["attention"] for cell in cells if plan.outstanding(cell, sweep.store)[1]]
     assert left == ["broken_kill"]
-    assert len(plan.outstanding(cells[4], sweep.store, ["error"])) == 1
+    assert len(plan.outstanding(cells[4], sweep.store, ["error"])[1]) == 1
+
+
+def test_a_search_by_the_first_seed_runs_the_others_at_its_rate_only(tmp_path):
+    names = ("broken_gate", "broken_nan", "broken_kill")
+    cells = [sweeping.cell(f"attention={name}", "search=first_seed", *GRID) for name in names]
+    sweep = in_process(tmp_path / "results", cells)
+    found: dict[str, list[tuple[int, str]]] = {}
+    for record in sweeping.records(tmp_path / "results").values():
+        found.setdefault(record["names"]["attention"].removeprefix("broken_"), []).append(
+            (record["seed"], record["status"])
+        )
+    assert {name: sorted(runs) for name, runs in found.items()} == {
+        "gate": [(0, "ok"), (0, "ok"), (1, "ok")],
+        "nan": [(0, "nan"), (0, "nan")],  # no rate works
+        "kill": [(0, "killed"), (0, "killed")],  # the same command runs them again; this sweep does not wait for it
+    }
+    assert not sweep.held and not sweep.searched
+    rows = sweep.progress.rows
+    assert [(rows[cell.id].done, rows[cell.id].planned) for cell in cells] == [(3, 3), (2, 2), (2, 2)]
 
 
 def test_a_child_that_ends_between_two_replicas_blames_neither(monkeypatch):

@@ -31,7 +31,14 @@ CHANGES = {
     ],
     "seed": ["seed=1"],
 }
-SAME = ["device=cpu", "jobs=3", "results=elsewhere", "retry=[error]", "budget.time_limit_seconds=7"]
+SAME = [
+    "device=cpu",
+    "jobs=3",
+    "results=elsewhere",
+    "retry=[error]",
+    "search=first_seed",
+    "budget.time_limit_seconds=7",
+]
 
 
 def cell(*overrides):
@@ -112,13 +119,37 @@ def test_only_what_has_no_final_record_is_left_to_do(tmp_path):
         store.write(record(planned, number, status), {})
 
     def left(*retry):
-        return [statuses[r.seed] for r in plan.outstanding(planned, store, retry)]
+        return [statuses[r.seed] for r in plan.outstanding(planned, store, retry)[1]]
 
     assert left() == ["killed", "interrupted"]
     assert left("error", "oom") == ["error", "oom", "killed", "interrupted"]
     store.write(record(planned, 7, "ok"), {})
     assert left() == ["interrupted"]  # the newest attempt counts
-    assert len(plan.outstanding(planned, Store(tmp_path / "new"))) == 9
+    assert [len(part) for part in plan.outstanding(planned, Store(tmp_path / "new"))] == [9, 9]
+
+
+def test_the_first_seed_finds_the_rate_of_the_others(tmp_path):
+    store = Store(tmp_path)
+    planned = cell("seed=[3,1,2]", "budget.learning_rates=[0.003,0.01,0.03]", "search=first_seed")
+    assert planned.planned == 5 and {run.seed for run in planned.scouts} == {3}
+
+    def told():
+        needed, left = plan.outstanding(planned, store)
+        return [[(run.learning_rate, run.seed) for run in part] for part in (needed, left)]
+
+    scouts = [(0.003, 3), (0.01, 3), (0.03, 3)]
+    assert told() == [scouts, scouts]
+    for number, valid in ((0, 0.2), (3, 0.6)):
+        store.write({**record(planned, number), "valid": valid, "task": {"higher_is_better": True}}, {})
+    assert told() == [scouts, scouts[2:]]
+    store.write({**record(planned, 6, "nan"), "task": {"higher_is_better": True}}, {})
+    assert told() == [[*scouts, (0.01, 1), (0.01, 2)], [(0.01, 1), (0.01, 2)]]
+    for number, valid in ((0, 0.2), (3, 0.6)):  # of a loss the smaller one is better
+        store.write({**record(planned, number), "valid": valid, "task": {"higher_is_better": False}}, {})
+    assert told()[1] == [(0.003, 1), (0.003, 2)]
+    for number in (0, 3):
+        store.write({**record(planned, number, "diverged"), "task": {"higher_is_better": True}}, {})
+    assert told() == [scouts, []]  # no rate works: the other seeds would only fail again
 
 
 @pytest.fixture

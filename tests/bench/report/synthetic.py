@@ -169,6 +169,7 @@ def run(name: str, rate: float, seed: int, status: str, reason: str, **changes: 
         "leaks": None,
         "budget": "small",
         "seed": seed,
+        "search": "grid",
         "learning_rate": rate,
         "metric": "accuracy" if status != "oom" else None,
         "metric_unit": "fraction" if status != "oom" else None,

@@ -74,6 +74,19 @@ def test_a_busy_machine_is_said_beside_the_times():
     assert line.startswith("The machine did other work beside 6 of 18 runs (load per core up to 2.5): times are not")
 
 
+def test_a_search_by_the_first_seed_counts_its_own_runs():
+    whole = frames(("softmax", "none"), trouble=False, search="first_seed")
+    chosen = boards(whole)[0].runs
+    kept = whole.of(chosen[(chosen["seed"] == 0) | chosen["chosen"]])
+    (board,) = boards(kept)
+    assert (len(board.runs), board.planned) == (10, 10)
+    assert "2 seeds at the rate best on valid) = 10 planned: 10 ok" in wording.conditions(board)["Runs"]
+    assert not [line for line in wording.warnings(board) if "missing" in line]
+    assert [len(values.split()) for values in board.table["seed_values"]] == [3, 3]
+    (short,) = boards(kept.of(kept.runs.drop(index=kept.runs.index[kept.runs["seed"] == 2][0])))
+    assert short.planned == 10 and "1 runs of the grid are missing; ranks are provisional." in wording.warnings(short)
+
+
 def test_a_failed_seed_is_shown_counted_as_unsolved_and_never_ranked_above(board):
     hybrid = row(board, "hybrid")
     assert (hybrid["seeds_ok"], hybrid["seeds_run"]) == (2, 3)
