@@ -121,7 +121,8 @@ def entry(name: str, task: Any, pictures: Path | None = None, private: bool = Fa
     references = {key: value for key, value in solved.items() if key in task.references}
     floors = {key: value for key, value in solved.items() if key not in task.references}
     metric = spec.metrics[spec.primary]
-    better = "" if metric.higher_is_better else f" ({metric.unit}; lower is better)"
+    unit = "" if metric.unit == spec.primary.replace("_", " ") else f"{metric.unit}; "
+    better = "" if metric.higher_is_better else f" ({unit}lower is better)"
     scores = [f"chance {spec.chance:.3f}"]
     scores += [f"{word} {listed(found)}" for word, found in (("floors:", floors), ("references:", references)) if found]
     twins = [

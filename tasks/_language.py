@@ -18,7 +18,7 @@ from tasks import _tokenizers
 from tasks.base import IGNORE, SPLITS, Batch, Metric, PerToken, Score, Task, TaskSpec, Tokens
 
 METRICS = {
-    "bits_per_byte": Metric(unit="bits", higher_is_better=False),
+    "bits_per_byte": Metric(unit="bits per byte", higher_is_better=False),
     "loss": Metric(unit="nats", higher_is_better=False),
     "perplexity": Metric(unit="per token", higher_is_better=False),
     "accuracy": Metric(unit="fraction", higher_is_better=True),

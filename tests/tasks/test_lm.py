@@ -151,6 +151,7 @@ def test_bits_per_byte_are_nats_over_bytes(folder):
         size = sum(len((Path(folder) / f"test{i}.txt").read_bytes()) for i in (1, 2))
         tokens = int((segment.targets != IGNORE).sum())
         bits = by(scores, "bits_per_byte")["all", ""]
+        assert task.spec.metrics["bits_per_byte"].unit == "bits per byte", "its name in words, so pages say it once"
         assert bits.value == pytest.approx(0.5 * tokens / math.log(2) / size) and bits.count == size
         loss = by(scores, "loss")["all", ""]
         assert loss.value == pytest.approx(0.5) and loss.count == tokens
