@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from synthetic import run
 
+from bench.report import markdown
 from bench.report.frames import Frames
+from bench.report.leaderboard import Board
 
 NAMES = (
     *("softmax", "based_hybrid", "gated_delta_net", "delta_net", "based", "retention", "linear"),
@@ -144,3 +147,18 @@ def joined(*several: Frames) -> Frames:
 
 
 ALL = {"language": language, "listops": listops, "digits": digits, "forecast": forecast}
+
+
+def lines_of(ax: Axes) -> dict[tuple[Any, Any], Any]:
+    """Curves of an axis by colour and marker, one for each look."""
+    return {(line.get_color(), line.get_marker()): line for line in ax.lines if line.get_linestyle() != "None"}
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def ranking(board: Board) -> tuple[list[str], dict[str, list[str]]]:
+    """Header and lines of a page's table, these by mechanism."""
+    header, lines = markdown.ranking(board)
+    return header, {line[1]: line for line in lines}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.style
 import numpy as np
 import pytest
 from synthetic import MECHANISMS, frames
@@ -18,12 +17,6 @@ DRAWN = {name: draw for name, (draw, _) in plots.PLOTS.items() if name not in OF
 def board():
     (only,) = boards(frames())
     return only
-
-
-@pytest.fixture(autouse=True)
-def style():
-    with matplotlib.style.context(["default", figure.STYLE]):
-        yield
 
 
 def box(artist, drawn):
