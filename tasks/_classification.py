@@ -154,18 +154,22 @@ def labelled(
 
 def linear_accuracy(matrices: Mapping[str, Any], labels: Mapping[str, np.ndarray]) -> float:
     """Accuracy on test of logistic regression fitted on train, its regularisation chosen on valid."""
+    return float(linear_model(matrices, labels).score(matrices["test"], labels["test"]))
+
+
+def linear_model(matrices: Mapping[str, Any], labels: Mapping[str, np.ndarray]) -> Any:
+    """Logistic regression fitted on train, its regularisation chosen on valid."""
     from sklearn.linear_model import LogisticRegression
 
-    best = (-1.0, 0.0)
+    best, chosen = -1.0, None
     for strength in STRENGTHS:
         model = LogisticRegression(C=strength, max_iter=300)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # 300 steps are enough for a floor, converged or not
             model.fit(matrices["train"], labels["train"])
-        valid, test = (float(model.score(matrices[split], labels[split])) for split in ("valid", "test"))
-        if valid > best[0]:
-            best = valid, test
-    return best[1]
+        if (valid := float(model.score(matrices["valid"], labels["valid"]))) > best:
+            best, chosen = valid, model
+    return chosen
 
 
 def _accuracy(right: Tensor, part: tuple[str, str] = ("all", "")) -> Score:

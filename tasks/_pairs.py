@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,14 +53,18 @@ class PairClassification(Classification):
         """Padded ids of texts, and their lengths."""
         return padded([self.ids(text) for text in texts], self.max_length)
 
-    def features(self, splits: Mapping[str, Batch]) -> dict[str, dict[str, Any]]:
-        """What the two texts share, and each of them alone: a model of one side shows what the labels betray."""
-        texts = {
+    def texts(self, splits: Mapping[str, Batch]) -> dict[str, list[list[str]]]:
+        """The first and the second texts of each split, as a model reads them."""
+        return {
             split: [
                 [self.decoded(row) for row in side.numpy()] for side in (part.inputs, part.context) if side is not None
             ]
             for split, part in splits.items()
         }
+
+    def features(self, splits: Mapping[str, Batch]) -> dict[str, dict[str, Any]]:
+        """What the two texts share, and each of them alone: a model of one side shows what the labels betray."""
+        texts = self.texts(splits)
         words = _vectors(texts, analyzer="word", token_pattern=r"\w+")
         parts = _vectors(texts, analyzer="char_wb", ngram_range=(3, 4))
         overlap = {
@@ -73,6 +78,30 @@ class PairClassification(Classification):
         }
 
 
+def exchanged(lent: np.ndarray, wrong: Callable[[int, int], bool]) -> np.ndarray | None:
+    """A permutation close to `lent` in which no place holds what it must not.
+
+    Where one does, it swaps with the nearest place with which both are right.
+
+    Args:
+        lent: a permutation [N].
+        wrong: whether a place must not hold a value.
+
+    Returns:
+        [N]; None: some place has nobody to swap with.
+    """
+    lent = lent.copy()
+    for i in range(len(lent)):
+        if not wrong(i, lent[i]):
+            continue
+        near = (j for step in range(1, len(lent)) for j in (i - step, i + step) if 0 <= j < len(lent))
+        found = next((j for j in near if not wrong(i, lent[j]) and not wrong(j, lent[i])), None)
+        if found is None:
+            return None
+        lent[i], lent[found] = lent[found], lent[i]
+    return lent
+
+
 def _vectors(texts: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> dict[str, list[Any]]:
     """Rows of length one, weighted by tf-idf, of both sides of each split; hashed, so that long texts need no table."""
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
@@ -81,6 +110,21 @@ def _vectors(texts: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> di
     counts = {split: [hashed.transform(side) for side in sides] for split, sides in texts.items()}
     weights = TfidfTransformer(sublinear_tf=True).fit(counts["train"][0])
     return {split: [weights.transform(side) for side in sides] for split, sides in counts.items()}
+
+
+def matched(texts: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, Any]:
+    """Which words both texts have, and which only one of them: split -> sparse [N, 2F], for words of two texts or more.
+
+    The product and the absolute difference of two bags of words.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    def words(pair: tuple[str, str]) -> list[str]:
+        one, other = (set(re.findall(r"\w+", text)) for text in pair)
+        return [*(f"both {word}" for word in one & other), *(f"one {word}" for word in one ^ other)]
+
+    vectors = CountVectorizer(analyzer=words, min_df=2).fit(zip(*texts["train"], strict=True))
+    return {split: vectors.transform(zip(*sides, strict=True)) for split, sides in texts.items()}
 
 
 def _overlap(first: Any, second: Any) -> np.ndarray:

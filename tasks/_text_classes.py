@@ -47,8 +47,8 @@ class TextClassification(Classification):
             )
         self.length, self.num_words, self.path = length, num_words, path
         self.protocol = f"bytes-{length}" if num_words is None else f"words-{length}"
-        size = 257 if num_words is None else 2 + num_words
-        self.spec = classification_spec(Tokens(vocab_size=size), self.classes, length)
+        self.vocab_size = 257 if num_words is None else 2 + num_words
+        self.spec = classification_spec(Tokens(vocab_size=self.vocab_size), self.classes, length)
 
     @abstractmethod
     def records(self) -> tuple[list[str], np.ndarray]:
@@ -66,7 +66,7 @@ class TextClassification(Classification):
 
     def features(self, splits: Mapping[str, Batch]) -> dict[str, dict[str, Any]]:
         """Words and pairs of words, and character n-grams inside words, weighted by tf-idf; of what a model reads."""
-        texts = {split: [self._decode(row) for row in part.inputs.numpy()] for split, part in splits.items()}
+        texts = {split: [self.decoded(row) for row in part.inputs.numpy()] for split, part in splits.items()}
         features = {"linear, words": _tf_idf(texts, analyzer="word", token_pattern=WORD, ngram_range=(1, 2))}
         if self.num_words is None:
             features["linear, characters"] = _tf_idf(texts, analyzer="char_wb", ngram_range=(1, 4))
@@ -105,8 +105,8 @@ class TextClassification(Classification):
         known = {PAD: "", UNKNOWN: " …"}
         return [known[i] if i in known else f" {self._words[i - UNKNOWN - 1]}" for i in tokens.tolist()]
 
-    def _decode(self, ids: np.ndarray) -> str:
-        """A text of token ids, for the linear floors."""
+    def decoded(self, ids: np.ndarray) -> str:
+        """The text that ids [L] stand for, as the linear floors read it."""
         ids = ids[ids != PAD]
         if self.num_words is None:
             return bytes((ids - 1).astype(np.uint8)).decode("utf-8", "replace")

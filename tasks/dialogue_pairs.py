@@ -10,7 +10,7 @@ import numpy as np
 from tasks import _cache, _disjoint, _snippets, sources
 from tasks._disjoint import plain
 from tasks._documents import BYTES
-from tasks._pairs import PairClassification, pair_spec
+from tasks._pairs import PairClassification, exchanged, pair_spec
 from tasks.base import SPLITS, Batch
 
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
@@ -95,29 +95,14 @@ def borrowed(rows: np.ndarray, replies: list[str], apart: int) -> np.ndarray:
     """
     rng = np.random.default_rng(0)
     order = np.lexsort((rng.random(len(rows)), np.array([len(reply) for reply in replies])))
-    lent = np.roll(order, -1)
 
-    def wrong(i: int) -> bool:
-        a, b = order[i], lent[i]
-        return abs(int(rows[a]) - int(rows[b])) < apart or replies[a] == replies[b]
+    def wrong(place: int, other: int) -> bool:
+        row = order[place]
+        return abs(int(rows[row]) - int(rows[other])) < apart or replies[row] == replies[other]
 
-    for i in range(len(order)):  # where neighbours cannot lend each other, swap with the nearest two that can
-        if not wrong(i):
-            continue
-        for step in range(1, len(order)):
-            for j in (i - step, i + step):
-                if 0 <= j < len(order):
-                    lent[i], lent[j] = lent[j], lent[i]
-                    if not wrong(i) and not wrong(j):
-                        break
-                    lent[i], lent[j] = lent[j], lent[i]
-            else:
-                continue
-            break
-        else:
-            raise ValueError(
-                f"{len(rows)} exchanges are too few to borrow replies {apart} lines apart; lower task.apart"
-            )
+    lent = exchanged(np.roll(order, -1), wrong)
+    if lent is None:
+        raise ValueError(f"{len(rows)} exchanges are too few to borrow replies {apart} lines apart; lower task.apart")
     other = np.empty(len(rows), dtype=np.int64)
     other[order] = lent
     return other

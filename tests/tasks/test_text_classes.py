@@ -71,7 +71,7 @@ def test_words_are_the_commonest_of_train_and_others_are_unknown(tmp_path):
     for part in (train, task.segments("test", 0)[0]):
         for row, target in zip(part.inputs, part.targets[:, 0], strict=True):
             start = ["how", "many"] if target == 5 else ["who"]
-            assert task._decode(row.numpy()).split()[: len(start)] == start
+            assert task.decoded(row.numpy()).split()[: len(start)] == start
             assert (row[len(start) : 4] == 1).all()
 
 
