@@ -118,6 +118,7 @@ def write_report(store: Store, cells: list[Cell]) -> None:
     frames, warnings = read_frames(store, {replica.run_id: cell.names for cell in cells for replica in cell.replicas})
     boards = {(cell.names["task"], cell.names["backbone"], cell.names["budget"]) for cell in cells}
     paths = report.write(frames, store.root / "leaderboards", defaults=defaults(), only=boards)
+    paths += report.write_overview(store.root / "leaderboards") if paths else []
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for table in report.tables(frames, only=boards):
         console.print(table)

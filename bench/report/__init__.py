@@ -65,6 +65,17 @@ def write(
     return paths
 
 
+def write_overview(folder: Path) -> list[Path]:
+    """README.md of a folder of boards: a line for each, also for those of earlier reports.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    from bench.report import files, overview
+
+    return files.save(folder, {overview.NAME: overview.page(folder)}, [overview.NAME])
+
+
 def contents(board: Board) -> dict[str, bytes]:
     """File name -> bytes of one board: the page first, then plots and tables."""
     from bench.report import files, markdown, plots, wording

@@ -27,6 +27,7 @@ def main() -> int:
     for warning in warnings:
         print(warning, file=sys.stderr)
     paths = report.write(frames, folder / "leaderboards", defaults=defaults())
+    paths += report.write_overview(folder / "leaderboards") if paths else []
     print("\n".join(map(str, paths)) if paths else report.NOTHING)
     return 0
 
