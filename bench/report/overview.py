@@ -14,11 +14,12 @@ from bench.report.rows import FLOOR
 NAME = "README.md"
 HEADER = ("board", "measure", "mechanisms", "seeds", "best", "softmax", "none", "trivial solver", "above it")
 LEFT = {0, 1, 4, 7}
+RUNS = ["run_id", "seed", "metric", "metric_unit", "higher_is_better", "chance"]
 INTRODUCTION = """# Leaderboards
 
 A line for each board in this folder; its page has every row, the intervals and the conditions. `best` is the best
-mean, often of a tie; `trivial solver` is the best that no network is needed for; `above it` counts the ranked rows
-whose whole interval is better.
+mean, often of a tie; `trivial solver` is the best that no network is needed for, or chance; `above it` counts the
+ranked rows whose whole interval is better.
 """
 
 
@@ -32,7 +33,7 @@ def page(folder: Path) -> bytes:
 def _line(folder: Path) -> list[str] | None:
     try:
         rows = pd.read_csv(folder / "leaderboard.csv")
-        runs = pd.read_csv(folder / "runs.csv", usecols=["run_id", "seed", "metric", "metric_unit", "higher_is_better"])
+        runs = pd.read_csv(folder / "runs.csv", usecols=RUNS)
         scores = pd.read_csv(
             folder / "scores.csv", usecols=["run_id", "metric", "split", "slice_key", "slice_value", "value"]
         )
@@ -41,11 +42,11 @@ def _line(folder: Path) -> list[str] | None:
     runs = runs.dropna(subset=["metric", "higher_is_better"])  # a run that died before it began knows neither
     if runs.empty:
         return None
-    metric, unit, higher = runs[["metric", "metric_unit", "higher_is_better"]].iloc[-1]
+    metric, unit, higher, chance = runs[RUNS[2:]].iloc[-1]
     fraction = unit == "fraction"
     ranked = rows[rows["rank_best"].notna()]
     scores = scores[(scores["metric"] == metric) & (scores["split"] == "test") & (scores["slice_key"] == FLOOR)]
-    solver, floor = _solver(scores.merge(runs[["run_id", "seed"]], on="run_id"), bool(higher))
+    solver, floor = _solver(scores.merge(runs[["run_id", "seed"]], on="run_id"), bool(higher)) or ("chance", chance)
     means = ranked.set_index("attention")["test_mean"]
     best = "–" if means.empty else f"{means.index[0]} {wording.number(means.iloc[0], fraction)}"
     return [
@@ -55,16 +56,16 @@ def _line(folder: Path) -> list[str] | None:
         f"{rows['seeds_run'].max():g}",
         best,
         *(wording.number(means.get(name), fraction) for name in ("softmax", "none")),
-        f"{solver} {wording.number(floor, fraction)}" if solver else "–",
-        f"{_above(ranked, floor, bool(higher))} of {len(ranked)}" if solver else "–",
+        "–" if wording.missing(floor) else f"{solver} {wording.number(floor, fraction)}",
+        "–" if wording.missing(floor) else f"{_above(ranked, floor, bool(higher))} of {len(ranked)}",
     ]
 
 
-def _solver(scores: pd.DataFrame, higher: bool) -> tuple[str, float]:
-    """Name and score of the best trivial solver; an empty name when the task has none."""
+def _solver(scores: pd.DataFrame, higher: bool) -> tuple[str, float] | None:
+    """Name and score of the best trivial solver, None when the task has none."""
     means = scores.drop_duplicates(["slice_value", "seed"]).groupby("slice_value")["value"].mean()
     if means.empty:
-        return "", float("nan")
+        return None
     name: Any = means.idxmax() if higher else means.idxmin()
     return str(name), float(means[name])
 

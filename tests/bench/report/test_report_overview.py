@@ -26,7 +26,7 @@ def test_every_board_is_a_line_with_what_tells_mechanisms_apart(tmp_path):
         if "[" in line and "|" in line
     }
     assert list(lines) == ["forecast", "language", "listops", "mqar"]
-    assert lines["mqar"][1:] == ["accuracy", "12", "3", "softmax 1.000", "1.000", "0.008", "–", "–"]
+    assert lines["mqar"][1:] == ["accuracy", "12", "3", "softmax 1.000", "1.000", "0.008", "chance 0.008", "12 of 12"]
     (floor, *_) = boards(sliced.ALL["listops"]())[0].solvers.values()
     assert lines["listops"][7] == f"root operator {floor:.3f}" and lines["listops"][8].endswith("of 10")
     assert lines["forecast"][1].endswith("lower is better")
