@@ -209,7 +209,8 @@ class Task(ABC):
         version: bumped when data or scoring change; part of a run's identity.
         name: first half of the id; `protocol` (which published variant) is the second.
         seeded: whether data depend on the seed; a published data set is the same for all.
-        references: those of `solvers` that are not trivial: parts of the way to the answer, to read scores by.
+        references: those of `solvers` that are not trivial, to read scores by: they compute a part of the
+            answer, or are given more than the network.
         group: name of the boards that are read together with this task's, such as the four patterns of one memory.
         source: of real data, a name of `tasks.sources`; None: `data` or `corpus` of the YAML says it, or there is none.
     """
@@ -217,7 +218,7 @@ class Task(ABC):
     version: ClassVar[int]
     name: ClassVar[str]
     seeded: bool = True
-    references: ClassVar[frozenset[str]] = frozenset()
+    references: frozenset[str] = frozenset()
     group: ClassVar[str | None] = None
     source: ClassVar[str | None] = None
     protocol: str

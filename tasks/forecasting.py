@@ -17,6 +17,7 @@ from tasks.base import SPLITS, Batch, Metric, Score, Task, TaskSpec, Values, Vec
 
 FEATURES = "M", "S", "MS"
 FORMS = "cross", "sequence"
+SEASONS = {"day before": 1, "week before": 7}  # naive forecasts, in days; a reference where the window is shorter
 LOOK_BACK = 48  # steps of the context that are recorded before a traced forecast
 
 
@@ -110,6 +111,8 @@ class Forecasting(Task):
         scale = np.nanstd(train, 0)
         self.values = (series.values[:, used] - np.nanmean(train, 0)) / np.where(scale > 0, scale, 1)
         self.minutes = float(np.median(np.diff(series.times[:1000]).astype(np.int64))) / 60
+        window = self.minutes * context_length
+        self.references = frozenset(name for name, days in SEASONS.items() if days * 1440 > window)
         told = _series.marks(series.times, marks)
         self.table = torch.from_numpy(np.concatenate([self.values, told], 1).astype(np.float32))
         inputs = Vectors(dim=self.table.shape[1], num_marks=told.shape[1])
@@ -222,7 +225,7 @@ class Forecasting(Task):
         pasts = {split: self._past(splits[split][0]) for split in SPLITS}
         floors = {"mean of train": mse(0.0), "last value": mse(pasts["test"][:, -1:].double())}
         ahead = self.starts("test") + self.context_length
-        for name, days in (("day before", 1), ("week before", 7)):
+        for name, days in SEASONS.items():
             period = days * 1440 / self.minutes
             if period == round(period) and period <= self.borders["train"][1]:
                 values = self.values[:, self.targets]

@@ -39,7 +39,7 @@ class Board:
         runs: the runs that count, see `rows.judged`.
         table: one row per mechanism, ranked; see `rows.table`.
         slices: test by slice; see `rows.slices`.
-        solvers, references: test of trivial solvers, and of those that go a part of the way to the answer, by name,
+        solvers, references: test of trivial solvers, and of those that are no yardstick, by name,
             the best first; see `rows.solvers`.
         costs: sizes and times by mechanism and device; see `rows.costs`.
         set_aside: attention, why, runs: what does not count.

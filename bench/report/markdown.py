@@ -64,7 +64,9 @@ def ranking(board: Board) -> tuple[list[str], list[list[str]]]:
     A column for solved seeds only where the metric has a ceiling.
     """
     lines = [_line(board, row) for row in board.table.to_dict("records")]
-    floors = [(name, value, "reference: a part of the answer") for name, value in board.references.items()]
+    floors = [
+        (name, value, "reference: given more, or a part of the answer") for name, value in board.references.items()
+    ]
     floors += [(name, value, "floor: trivial solver") for name, value in board.solvers.items()]
     if not wording.missing(board.measure.chance):
         floors.append(("chance", board.measure.chance, "floor: guessing"))
@@ -183,7 +185,10 @@ def columns(board: Board) -> dict[str, str]:
         )
         texts["floor: trivial solver"] = trivial
     if board.references:
-        texts["reference: a part of the answer"] = "what computing a part of the answer and guessing the rest reaches."
+        texts["reference: given more, or a part of the answer"] = (
+            "what a solver reaches that is given more than the network, such as a longer past, or that computes a part "
+            "of the answer and guesses the rest."
+        )
     return {name: text for name, text in texts.items() if text}
 
 

@@ -18,7 +18,7 @@ COLUMNS = [
     *(*SIZES, "device", *TIMES),
 ]
 FLOOR = "floor"  # slice key of what a trivial solver reaches: no part of the split
-REFERENCE = "reference"  # likewise, of a solver that goes a part of the way to the answer
+REFERENCE = "reference"  # likewise, of a solver that is given more, or goes a part of the way
 COUNTS = ["rank_best", "rank_worst", "seeds_ok", "seeds_run", "solved"]
 
 

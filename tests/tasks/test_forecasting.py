@@ -261,6 +261,8 @@ def test_the_floor_of_the_day_before_is_exact_on_a_daily_rhythm(tmp_path):
     built = task(write(tmp_path / "daily.csv", values=daily), context_length=31, horizon=29)
     floors = built.solvers({split: built.segments(split, 0) for split in ("train", "valid", "test")})
     assert floors["day before"] < 1e-12 and floors["week before"] < 1e-12
+    assert built.references == {"week before"}  # 31 hours are a day and less than a week: the network cannot see it
+    assert task(tmp_path / "daily.csv", context_length=23).references == {"day before", "week before"}
     assert floors["last value"] > 0.1 and floors["ridge regression"] < 0.01
     (test,) = built.segments("test", 0)
     assert floors["mean of train"] == pytest.approx(test.targets.double().square().mean().item())

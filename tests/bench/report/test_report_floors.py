@@ -24,7 +24,7 @@ def test_references_stand_beside_the_floors_and_are_no_yardstick():
     (board,) = boards(data)
     assert board.references == pytest.approx({"root operator": 0.363}) and list(board.solvers) == ["majority"]
     lines = {line[1]: line for line in markdown.ranking(board)[1]}
-    assert lines["(root operator)"][-1] == "reference: a part of the answer"
+    assert lines["(root operator)"][-1] == "reference: given more, or a part of the answer"
     assert not [line for line in wording.warnings(board) if "root operator" in line]
     assert "reference" not in set(board.slices["slice_key"])
 
