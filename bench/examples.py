@@ -27,7 +27,7 @@ SECTIONS = {  # title -> modules of tasks, in order
     "Long Range Arena": ("listops", "pathfinder", "byte_text", "byte_retrieval", "grey_cifar10"),
     "Language modeling": ("lm", "mlm"),
     "Classification of texts and tunes": (
-        *("sentiment_snippets", "trec6", "abc_metre", "snippet_documents", "dialogue_pairs"),
+        *("sentiment_snippets", "trec6", "abc_metre", "snippet_documents", "question_pairs", "dialogue_pairs"),
     ),
     "Images as pixels": ("digits", "digits_continuous", "mnist5k"),
     "Sensor series": ("sensors",),
@@ -52,7 +52,8 @@ Made by `python -m bench.examples --to docs/tasks` from `conf/task`, the data on
 not to be edited.
 
 Each small row has a picture of examples of `test` and numbers: examples are those of seed 0, lengths count positions,
-*floors* are trivial solvers fitted on train, *references* solvers that go part of the way; both are measured on `test`.
+*floors* are trivial solvers fitted on train, *references* solvers that go a part of the way or are given more; both are
+measured on `test`.
 Rows at published or larger sizes (their names end in {large})
 and rows whose data are not packaged are listed below each section, without numbers. Data that may not be passed on have
 no picture here; `python -m bench.examples TASK --to FOLDER` draws one on your machine.

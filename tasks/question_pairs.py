@@ -75,7 +75,7 @@ class QuestionPairs(PairClassification):
     def _pairs(self, split: str, seed: int) -> Batch:
         questions = self._questions[split]
         kinds = questions.targets[:, 0].long().numpy()
-        text = f"{self.name} pairs {split} seed={seed}"
+        text = f"{self.name} {split} partners seed={seed}"
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest(), "little"))
         found = paired(kinds, self.partners[split], rng)
         if found is None:

@@ -167,7 +167,7 @@ def test_the_real_pairs_are_pinned_and_no_near_duplicate_is_in_two_splits(real):
     batches = whole(task)
     assert [len(batch) for batch in batches.values()] == [29728, 1064, 4248]
     bump = "other questions, another cut or other pairs: bump QuestionPairs.version"
-    assert batches["test"].sha256()["context"].startswith("ac5444f728dbd4b7"), bump
+    assert batches["test"].sha256()["context"].startswith("1a28913c083a0c76"), bump
     texts = {split: {text for row in read(task, batch) for text in row[:2]} for split, batch in batches.items()}
     order = [(split, text) for split in SPLITS for text in sorted(texts[split])]
     assert len(order) == 3716 + 532 + 1062
