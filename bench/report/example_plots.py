@@ -73,7 +73,7 @@ def forecasts(board: Board) -> Figure | None:
         )
         for name in reversed(trace.forecasts):
             (handles[name],) = ax.plot(*_joined(trace.past, trace.forecasts[name]), color=look[name][0], lw=1.2)
-        ax.set_ylabel(trace.name)
+        ax.set_ylabel(trace.name.replace("trace", "example "))
         ax.margins(x=0.01)
     axes[-1].set_xlabel(f"step{_time(found[0].minutes)}")
     order = [name for name in ("look-back", "target", *names) if name in handles]

@@ -51,8 +51,12 @@ NUMBER = re.compile(r"[<>=≤≥]{0,2}(-?\d+(?:\.\d+)?)(?:[-–](-?\d+(?:\.\d+)?
 
 
 def kinds(slices: pd.DataFrame) -> dict[str, Kind]:
-    """Kind of every key in `slices` (of a board): the known in the order of KINDS, the others by name behind them."""
-    keys = set(slices["slice_key"])
+    """Kind of every key in `slices` (of a board): the known in the order of KINDS, the others by name behind them.
+
+    A key with one value (the one variable of a forecast) says nothing that the whole split does not.
+    """
+    counts = slices.groupby("slice_key")["slice_value"].nunique()
+    keys = set(counts.index[(counts > 1) | (counts.index == "segment")])
     found = {key: kind for key, kind in KINDS.items() if key in keys}
     for key in sorted(keys - set(found)):
         numeric = all(ends(value) for value in slices.loc[slices["slice_key"] == key, "slice_value"])

@@ -39,6 +39,12 @@ def test_a_kind_that_nobody_named_is_drawn_by_its_values():
     assert "## Accuracy by part of speech" in markdown.page(board, {}) and "by age" not in markdown.page(board, {})
 
 
+def test_a_kind_with_one_value_is_no_kind(found):
+    rows = found["listops"].slices
+    one = rows[(rows["slice_key"] != "operator") | (rows["slice_value"] == "MAX")]
+    assert set(slices.kinds(rows)) - set(slices.kinds(one)) == {"operator"}
+
+
 def test_ends_of_numbers_and_ranges():
     known = {"8": (8, 8), "8-15": (8, 15), "64+": (64, 64), ">=64": (64, 64), "-3": (-3, -3), "0.5": (0.5, 0.5)}
     assert {value: slices.ends(value) for value in known} == known
