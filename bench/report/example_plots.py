@@ -24,8 +24,10 @@ def confusions(board: Board) -> Figure | None:
         return None
     classes = next(iter(found.values()))[0]
     side = max(2.6, min(8.0, 0.34 * len(classes)))
-    title = "Predicted class by true class on test: share of the examples of the true class, mean over seeds"
-    figure = f.new((side + 0.9) * len(found) + 0.4, side + 2.0, wording.caption(board), title)
+    title = "Predicted class by true class on test: share of the true class, mean over seeds"
+    turned = max(map(len, classes)) > 2  # names of more than two letters stand upright, and take height of their own
+    height = side + 1.6 + (0.07 * min(16, max(map(len, classes))) if turned else 0.0)
+    figure = f.new((side + 0.9) * len(found) + 0.4, height, wording.caption(board), title)
     axes = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     numbers = len(classes) <= 14
     every = 1 + (len(classes) - 1) // 40
@@ -41,8 +43,7 @@ def confusions(board: Board) -> Figure | None:
             text = f"{matrix[i, j]:.2f}".lstrip("0")
             ax.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
         ax.set_title(f"{f.shorten(name)}  {wording.number(score[name], board.fraction)}", loc="left")
-        turned = {"rotation": 90} if max(map(len, names)) > 2 else {}
-        ax.set_xticks(ticks, names, fontsize=small, **turned)
+        ax.set_xticks(ticks, names, fontsize=small, rotation=90 if turned else 0)
         ax.set_yticks(ticks, names, fontsize=small)
         ax.set_xlabel("predicted")
         ax.tick_params(length=0)

@@ -44,6 +44,8 @@ KINDS = {
     "since": Kind("positions since the last occurrence", CURVES, table=0),
     "horizon": Kind("steps ahead", CURVES, table=0),
     "length": Kind("length", CURVES, table=0),
+    "short": Kind("length of the short list", CURVES, table=0),
+    "kinds": Kind("kinds of the two questions", HEAT, table=0),
 }
 SEGMENTED = "length", "pairs"  # not shown beside segments, which are the two crossed
 # one number, or a range by its ends: 8, 8-15, 64+, >=64, -3
