@@ -127,7 +127,7 @@ def conditions(board: Board) -> dict[str, str]:
     when = "" if not days else f"; run on {days[0]}" if days[0] == days[-1] else f"; run from {days[0]} to {days[-1]}"
     chance = "" if missing(board.measure.chance) else f"; chance {number(board.measure.chance, board.fraction)}"
     grid = f"{_count(rates, 'learning rate')} × {_count(seeds, 'seed')}"
-    if board.by_first_seed:
+    if board.by_first_seed and rates > 1:
         others = _count(seeds - 1, "seed")
         grid = f"({_count(rates, 'learning rate')} with the first seed, then {others} at the rate best on valid)"
     return {
