@@ -57,7 +57,6 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
     from hydra.utils import instantiate
 
     from bench.backbones.base import pattern_of
-    from tasks.sources import MissingData
 
     torch.set_num_threads(1)  # one process per core: threads that wait for each other lose more than they gain
     device = pick_device(cell.settings["device"])
@@ -94,12 +93,13 @@ def run(cell: Cell, replicas: list[Replica], store: Store, facts: dict[str, Any]
                 key = replica.seed if task.seeded else 0
                 if key not in data:
                     data.clear()  # one data set at a time on the device
-                    data[key] = load(task, key, device)
+                    try:
+                        data[key] = load(task, key, device)
+                    except ValueError as wrong:  # data are missing, or these settings have none
+                        raise ImpossibleCell(f"task {cell.names['task']}: {wrong}") from wrong
                 outcome, history = replicate(task, backbone, attention, budget, replica, data[key], device, emit)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ImpossibleCell):
             raise
-        except MissingData as missing:
-            raise ImpossibleCell(f"task {cell.names['task']}: {missing}") from missing
         except Exception as exception:
             outcome = dict(zip(("status", "reason"), classify(exception), strict=True))
         record = dict(

@@ -10,7 +10,7 @@ import pytest
 from bench.config import compose
 from bench.expand import expand
 from tests.bench import sweeping
-from tests.bench.sweeping import TINY, records, sweep
+from tests.bench.sweeping import TINY, cell, records, sweep
 
 
 def command(*words: str, cwd: Path = sweeping.ROOT) -> subprocess.CompletedProcess:
@@ -24,6 +24,20 @@ def test_a_cell_with_impossible_settings_is_named_and_the_others_run(tmp_path):
     assert done.stderr.count("\n") == 1 and "vocab_size must be even" in done.stderr
     assert sorted(r["names"]["attention"] for r in records(tmp_path / "results").values()) == ["none", "softmax"]
     assert "softmax" in done.stdout  # the table of what could be run
+
+
+def test_settings_without_data_are_one_line_and_no_failed_run(tmp_path, monkeypatch):
+    from bench import cell as module
+    from bench.store import Store
+
+    def load(*_):
+        raise ValueError("train has no pairs")
+
+    monkeypatch.setattr(module, "load", load)
+    planned = cell("attention=none")
+    with pytest.raises(module.ImpossibleCell, match="task mqar.*: train has no pairs"):
+        module.run(planned, planned.replicas, Store(tmp_path), {}, lambda *_, **__: None)
+    assert records(tmp_path) == {}
 
 
 def test_an_override_with_the_value_of_the_yaml_changes_no_name():
