@@ -35,7 +35,7 @@ def test_settings_without_data_are_one_line_and_no_failed_run(tmp_path, monkeypa
 
     monkeypatch.setattr(module, "load", load)
     planned = cell("attention=none")
-    with pytest.raises(module.ImpossibleCell, match="task mqar.*: train has no pairs"):
+    with pytest.raises(module.ImpossibleCell, match=r"task mqar.*: train has no pairs"):
         module.run(planned, planned.replicas, Store(tmp_path), {}, lambda *_, **__: None)
     assert records(tmp_path) == {}
 
