@@ -189,7 +189,7 @@ def warnings(board: Board) -> list[str]:
         lines.append(f"Floors not run: {', '.join(absent)}; how far a score is above them is unknown.")
     if board.solvers:
         name, floor = next(iter(board.solvers.items()))
-        low = [row["attention"] for row in ranked if not clears(board, row, floor)]
+        low = [row["attention"] for row in ranked if not clears(board.measure, row, floor)]
         if low:
             best = f"{name} {number(floor, board.fraction)}"
             side = "above" if board.measure.higher_is_better else "below"
@@ -223,9 +223,9 @@ def warnings(board: Board) -> list[str]:
     return lines
 
 
-def clears(board: Board, row: dict[Any, Any], floor: float) -> bool:
+def clears(of: rows.Measure, row: dict[Any, Any], floor: float) -> bool:
     """The whole interval of a row, or its mean where it has none, is better than a floor."""
-    if board.measure.higher_is_better:
+    if of.higher_is_better:
         return bool((row["test_mean"] if missing(row["test_low"]) else row["test_low"]) > floor)
     return bool((row["test_mean"] if missing(row["test_high"]) else row["test_high"]) < floor)
 
