@@ -140,7 +140,10 @@ class Keyword:
 
 @cache
 def keywords(target: Target) -> dict[str, Keyword]:
-    """Keywords of the constructor or function; `spec`, `task` and the like are positional."""
+    """Keywords of the constructor or function; `spec`, `task` and the like are positional.
+
+    A constructor that takes `**keywords` passes them to its base's, whose own then count too.
+    """
     constructors = [
         node
         for base in _ancestry(target)
@@ -148,13 +151,15 @@ def keywords(target: Target) -> dict[str, Keyword]:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__"
     ]
     functions = constructors if isinstance(target.node, ast.ClassDef) else [target.node]
-    if not functions:
-        return {}
-    arguments = functions[0].args
-    return {
-        argument.arg: Keyword(ast.unparse(argument.annotation) if argument.annotation else "", default is None)
-        for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    }
+    found: dict[str, Keyword] = {}
+    for function in functions:
+        arguments = function.args
+        for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+            annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+            found.setdefault(argument.arg, Keyword(annotation, required=default is None))
+        if arguments.kwarg is None:  # nothing is passed on to the base's constructor
+            break
+    return found
 
 
 def constant(target: Target, name: str) -> str | None:

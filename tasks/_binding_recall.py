@@ -12,7 +12,7 @@ from tasks import _cache
 from tasks._mqar_data import published_seeds, token_dtype
 from tasks._mqar_segments import read_vocabulary
 from tasks._skill_rows import Rows, as_batch
-from tasks._skills import Settings, Skill, one_of
+from tasks._skills import Skill, one_of
 from tasks.base import Batch
 
 PROTOCOLS = "clean", "zoology"
@@ -40,22 +40,12 @@ class BindingRecall(Skill):
     least: ClassVar = {"num_updates": 0}
     replay: ClassVar[Callable[..., Rows]]  # the published generator
 
-    def __init__(
-        self,
-        *,
-        protocol: str,
-        vocab_size: int,
-        train: Settings,
-        valid: Settings,
-        test: Settings,
-        power_a: float = 0.01,
-        repeats: int = 1,
-    ):
+    def __init__(self, *, protocol: str, vocab_size: int, power_a: float = 0.01, **base: Any):
         one_of("protocol", protocol, PROTOCOLS)
         read_vocabulary(vocab_size + vocab_size % 2 * (self.key_size - 1), power_a)
         self.protocol, self.seeded, self.power_a = protocol, protocol == "clean", float(power_a)
         self.first_value = vocab_size // (self.key_size + 1) * self.key_size
-        super().__init__(vocab_size=vocab_size, train=train, valid=valid, test=test, repeats=repeats)
+        super().__init__(vocab_size=vocab_size, **base)
 
     @property
     def answers(self) -> tuple[int, int]:

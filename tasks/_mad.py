@@ -43,6 +43,7 @@ class MAD(Skill):
 
     law: ClassVar[Callable[..., Rows]]
     next_token: ClassVar[bool] = False  # trained on every next token
+    own: Mapping[str, float] = {}  # settings that only this skill has, given before this constructor
     least: ClassVar = {"vocab_size": 4, "length": 4, "noise_vocab_size": 0}
 
     def __init__(
@@ -57,24 +58,12 @@ class MAD(Skill):
         changes: Changes = (),
         setting: int = 0,
     ):
-        self._open(protocol, vocab_size, length, (num_train, num_valid, num_test), changes, setting)
-
-    def _open(
-        self,
-        protocol: str,
-        vocab_size: int,
-        length: int,
-        counts: tuple[int, int, int],
-        changes: Changes,
-        setting: int,
-        **own: float,
-    ) -> None:
         one_of("protocol", protocol, PROTOCOLS)
         whole("setting", setting, 0)
         if setting > len(changes):
             raise ValueError(f"setting must be at most {len(changes)}, the number of changes, got {setting}")
-        sizes = {f"num_{split}": count for split, count in zip(SPLITS, counts, strict=True)}
-        base = {"vocab_size": vocab_size, "length": length, **own, **sizes}
+        sizes = {f"num_{split}": count for split, count in zip(SPLITS, (num_train, num_valid, num_test), strict=True)}
+        base = {"vocab_size": vocab_size, "length": length, **self.own, **sizes}
         change = dict(changes[setting - 1]) if setting else {}
         for key in change:
             one_of("key of changes", key, list(base))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks import _mad_laws
-from tasks._mad import MAD, Changes
+from tasks._mad import MAD
 from tasks.base import Reconstruction
 
 
@@ -33,23 +33,9 @@ class NoisyRecall(InContextRecall):
     version = 1
     name = "mad_noisy_recall"
 
-    def __init__(
-        self,
-        *,
-        protocol: str,
-        vocab_size: int,
-        noise_vocab_size: int,
-        noise_share: float,
-        length: int,
-        num_train: int,
-        num_valid: int,
-        num_test: int,
-        changes: Changes = (),
-        setting: int = 0,
-    ):
-        counts = num_train, num_valid, num_test
-        noise = dict(noise_vocab_size=noise_vocab_size, noise_share=noise_share)
-        self._open(protocol, vocab_size, length, counts, changes, setting, **noise)
+    def __init__(self, *, noise_vocab_size: int, noise_share: float, **base: Any):
+        self.own = {"noise_vocab_size": noise_vocab_size, "noise_share": noise_share}
+        super().__init__(**base)
 
     def _check(self, where: str, **law: Any) -> None:
         super()._check(where, **law)
@@ -70,21 +56,9 @@ class FuzzyRecall(MAD):
     law = staticmethod(_mad_laws.fuzzy_recall)
     next_token = True
 
-    def __init__(
-        self,
-        *,
-        protocol: str,
-        vocab_size: int,
-        max_motif: int,
-        length: int,
-        num_train: int,
-        num_valid: int,
-        num_test: int,
-        changes: Changes = (),
-        setting: int = 0,
-    ):
-        counts = num_train, num_valid, num_test
-        self._open(protocol, vocab_size, length, counts, changes, setting, max_motif=max_motif)
+    def __init__(self, *, max_motif: int, **base: Any):
+        self.own = {"max_motif": max_motif}
+        super().__init__(**base)
 
     @property
     def answers(self) -> tuple[int, int]:
@@ -137,21 +111,9 @@ class SelectiveCopying(MAD):
     name = "mad_selective_copying"
     law = staticmethod(_mad_laws.selective_copying)
 
-    def __init__(
-        self,
-        *,
-        protocol: str,
-        vocab_size: int,
-        num_copies: int,
-        length: int,
-        num_train: int,
-        num_valid: int,
-        num_test: int,
-        changes: Changes = (),
-        setting: int = 0,
-    ):
-        counts = num_train, num_valid, num_test
-        self._open(protocol, vocab_size, length, counts, changes, setting, num_copies=num_copies)
+    def __init__(self, *, num_copies: int, **base: Any):
+        self.own = {"num_copies": num_copies}
+        super().__init__(**base)
 
     @property
     def answers(self) -> tuple[int, int]:

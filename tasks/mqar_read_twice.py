@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tasks import _skill_solvers as solver
 from tasks._mqar_segments import whole
 from tasks._skill_rows import repeated
-from tasks._skills import Settings
 from tasks.base import Batch, TaskSpec
 from tasks.mqar import MQAR
 
@@ -24,18 +24,8 @@ class ReadTwice(MQAR):
     version = 1
     name = "mqar_read_twice"
 
-    def __init__(
-        self,
-        *,
-        protocol: str,
-        vocab_size: int,
-        train: Settings,
-        valid: Settings,
-        test: Settings,
-        power_a: float = 0.01,
-        repeats: int = 2,
-    ):
-        super().__init__(protocol=protocol, vocab_size=vocab_size, train=train, valid=valid, test=test, power_a=power_a)
+    def __init__(self, *, repeats: int = 2, **base: Any):
+        super().__init__(**base)
         whole("repeats", repeats, 1)
         self.repeats = repeats
         self.spec = TaskSpec(**{**vars(self.spec), "length": repeats * self.spec.length})

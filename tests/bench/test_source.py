@@ -45,6 +45,11 @@ class Own(Base):
         pass
 
 
+class Passes(Mechanism):
+    def __init__(self, spec, *, depth: int = 2, width: float = 0.5, **base):
+        super().__init__(spec, width=int(width), **base)
+
+
 alias = Mechanism
 '''
 
@@ -81,6 +86,11 @@ def test_keywords_and_constants_are_inherited_and_the_nearest_wins(package):
     mechanism, own = target("mechanism.Mechanism"), target("mechanism.Own")
     assert source.keywords(mechanism) == {"width": source.Keyword("int", True), "bias": source.Keyword("bool", False)}
     assert source.keywords(own) == {"depth": source.Keyword("float | None", False)}
+    assert source.keywords(target("mechanism.Passes")) == {  # nearest first, and what is passed on to the base
+        "depth": source.Keyword("int", False),
+        "width": source.Keyword("float", False),
+        "bias": source.Keyword("bool", False),
+    }
     assert source.literal(mechanism, "version") == 3 and source.literal(mechanism, "paper") == "second"
     assert source.literal(own, "paper") == "first" and source.literal(own, "missing", 5) == 5
     assert source.summary(mechanism) == "Its first sentence."
