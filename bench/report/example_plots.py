@@ -65,7 +65,7 @@ def forecasts(board: Board) -> Figure | None:
     axes = figure.subplots(len(found), 1, squeeze=False)[:, 0]
     look = f.looks(board.runs)
     handles: dict[str, Line2D] = {}
-    for ax, trace in zip(axes, found, strict=True):
+    for number, (ax, trace) in enumerate(zip(axes, found, strict=True), 1):
         if len(trace.past[0]):
             (handles["look-back"],) = ax.plot(*trace.past, color=PAST, lw=1.2)
             ax.axvline(trace.past[0][-1], color=f.GREY, lw=0.6, ls=":")
@@ -74,7 +74,7 @@ def forecasts(board: Board) -> Figure | None:
         )
         for name in reversed(trace.forecasts):
             (handles[name],) = ax.plot(*_joined(trace.past, trace.forecasts[name]), color=look[name][0], lw=1.2)
-        ax.set_ylabel(trace.name.replace("trace", "example "))
+        ax.set_ylabel(f"example {number}")
         ax.margins(x=0.01)
     axes[-1].set_xlabel(f"step{_time(found[0].minutes)}")
     order = [name for name in ("look-back", "target", *names) if name in handles]

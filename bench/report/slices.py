@@ -148,7 +148,6 @@ def confusion(board: Board, attention: str) -> tuple[list[str], np.ndarray] | No
 class Trace(NamedTuple):
     """One forecast example: series of (steps, values), by mechanism where they are forecasts."""
 
-    name: str
     past: tuple[np.ndarray, np.ndarray]  # the look-back, ends one step before the target; empty where not recorded
     target: tuple[np.ndarray, np.ndarray]
     forecasts: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -178,7 +177,7 @@ def traces(board: Board, names: Collection[str]) -> list[Trace]:
             if len(steps):
                 steps = steps - steps[-1] + target[0][0] - 1
             _, minutes = _series(one[(one["slice_key"] == key) & (one["metric"] == "minutes")])
-            found.append(Trace(key, (steps, past), target, forecasts, minutes[0] if len(minutes) else None))
+            found.append(Trace((steps, past), target, forecasts, minutes[0] if len(minutes) else None))
     return found
 
 

@@ -47,7 +47,6 @@ def test_forecasts_stand_beside_the_target_and_behind_the_look_back(found):
     board = found["forecast"]
     names = board.ranked[:2]
     first, second = slices.traces(board, names)
-    assert (first.name, second.name) == ("trace0", "trace1")
     assert list(first.past[0]) == list(range(-48, 0)) and len(second.past[0]) == 0
     assert list(first.target[0]) == list(range(24)) and list(first.forecasts) == names
     np.testing.assert_allclose(first.target[1], np.sin(np.arange(24) / 4))  # of seed 0
@@ -55,6 +54,7 @@ def test_forecasts_stand_beside_the_target_and_behind_the_look_back(found):
     assert (first.minutes, second.minutes) == (30, None)
     drawn = example_plots.forecasts(board)
     upper, lower = drawn.axes
+    assert (upper.get_ylabel(), lower.get_ylabel()) == ("example 1", "example 2")
     assert lower.get_xlabel() == "step of 30 minutes"
     for line in upper.lines[2:]:  # target and forecasts go on from the last known value, at step -1 here
         assert line.get_xdata()[0] == -1 and line.get_ydata()[0] == pytest.approx(first.past[1][-1])
