@@ -26,7 +26,10 @@ def page(folder: Path) -> bytes:
     """README.md of a folder of boards; a board that this program cannot read is left out."""
     boards = [line for path in sorted(folder.glob("*/leaderboard.csv")) if (line := _line(path.parent))]
     links = [f"{line[0]}: {line[0][1:-1]}/leaderboard.md" for line in boards]
-    return "\n".join([INTRODUCTION, table(HEADER, boards, left=LEFT), "", *links, ""]).encode()
+    over = [path for path in sorted(folder.glob("*/*.md")) if path.name != "leaderboard.md"]
+    named = ", ".join(f"[{path.parent.name}]({path.relative_to(folder).as_posix()})" for path in over)
+    several = [f"Scores over several boards: {named}.", ""] if over else []
+    return "\n".join([INTRODUCTION, table(HEADER, boards, left=LEFT), "", *several, *links, ""]).encode()
 
 
 def _line(folder: Path) -> list[str] | None:

@@ -46,3 +46,12 @@ def test_what_is_no_board_is_left_out(tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "leaderboard.csv").write_text("a,b\n1,2\n")
     assert "[odd]" not in overview.page(tmp_path).decode()
+
+
+def test_scores_over_several_boards_are_linked(tmp_path):
+    assert b"over several" not in overview.page(tmp_path)
+    for name, file in (("mad-clean-b", "mad.md"), ("patterns", "index.md"), ("mqar", "leaderboard.md")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("x")
+    linked = "Scores over several boards: [mad-clean-b](mad-clean-b/mad.md), [patterns](patterns/index.md).\n"
+    assert linked in overview.page(tmp_path).decode()
