@@ -9,6 +9,8 @@ from sliced import NAMES, ranking, texts
 
 from bench.report import markdown, plots, wording
 from bench.report.leaderboard import boards
+from bench.report.rows import Measure
+from bench.report.statistics import mean_interval
 
 
 def test_a_metric_without_a_ceiling_has_no_column_of_solved_seeds(found):
@@ -22,6 +24,15 @@ def test_a_metric_without_a_ceiling_has_no_column_of_solved_seeds(found):
 def test_lower_is_better_ranks_and_chooses_upwards(found):
     means = found["language"].table["test_mean"]
     assert means.is_monotonic_increasing and found["language"].table["rank_best"].iloc[-1] == len(NAMES)
+
+
+def test_an_interval_of_errors_does_not_reach_below_zero():
+    wide = [0.01, 0.02, 0.17]
+    assert mean_interval(wide)[0] < 0
+    low, high = mean_interval(wide, bounds=Measure("mse", "", False, float("nan"), 0.99).bounds)
+    assert low == 0 and high > 0.17
+    gain = Measure("r2", "", True, float("nan"), 0.99).bounds  # what is better the higher may be negative
+    assert mean_interval(wide, bounds=gain)[0] < 0
 
 
 def test_numbers_of_other_units_have_four_digits_and_no_capital_mistakes(found):
