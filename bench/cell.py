@@ -279,6 +279,7 @@ def describe(task: Any, cell: Cell) -> dict[str, Any]:
         higher_is_better=metric.higher_is_better,
         chance=None if math.isnan(task.spec.chance) else task.spec.chance,
         group=task.group,
+        seeded=task.seeded,
     )
 
 
@@ -291,6 +292,7 @@ def header(cell: Cell) -> dict[str, Any]:
         precision=cell.budget.precision,
         plugins=cell.settings["plugins"],
         search=cell.settings["search"],
+        **({} if cell.contents is None else {"contents": cell.contents}),
     )
 
 

@@ -208,8 +208,8 @@ def row_name(part: str, name: str, overrides: Iterable[str]) -> str:
     }
     written = _written(part, name) if changed else {}
     changed = {k: v for k, v in changed.items() if k not in written or str(written[k]).lower() != v.lower()}
-    if part == "task":  # where data lie is not what they are
-        changed.pop("path", None)
+    if part == "task" and "path" in changed:  # the name of the user's data, wherever they lie
+        changed["path"] = Path(changed["path"].strip("'\"")).name
     if part == "budget":
         changed = {k: v for k, v in changed.items() if k not in ("learning_rates", "time_limit_seconds")}
     return f"{name}({','.join(f'{k}={v}' for k, v in sorted(changed.items()))})" if changed else name

@@ -42,6 +42,11 @@ def main() -> int:
         return fetch(sys.argv[2:])
     if sys.argv[1:] == ["sources"]:
         return show_sources()
+    if sys.argv[1:2] == ["sources"]:
+        raise UserError(f"sources takes no further words, got {sys.argv[2]}; type python -m bench.data sources")
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__, end="")
+        return 0
     if sys.argv[1:] and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
         raise errors.unknown("command", sys.argv[1], ["fetch", "sources"], "A task is given by task=NAME")
     overrides, folder = read_arguments(sys.argv[1:])
@@ -83,11 +88,12 @@ def show_sources() -> int:
     """List the sources: on this machine or not, size, licence."""
     from tasks import sources
 
-    line = "{:<12}  {:<4}  {:>10}  {:<75}  {}".format
-    print(line("source", "here", "MB", "what", "licence"))
+    line = "{:<12}  {:<4}  {:>10}  {:<42}  {:<85}  {}".format
+    print(line("source", "here", "MB", "from", "what", "licence"))
     for name, source in sources.SOURCES.items():
         here = "yes" if sources.is_here(name) else "-"
-        print(line(name, here, f"{source.origin.num_bytes / 1e6:,.1f}", source.title, source.licence))
+        size = f"{source.origin.num_bytes / 1e6:,.1f}"
+        print(line(name, here, size, source.origin.version_title, source.title, source.licence))
     print("to bring one: python -m bench.data fetch NAME")
     return 0
 
@@ -106,13 +112,12 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 def generate(task: Any, seed: int, folder: Path | None) -> Iterator[tuple[Any, ...]]:
     """Rows of the table, one per segment; seconds are those of the whole split, on its first line."""
     from tasks.base import IGNORE, SPLITS
-    from tasks.sources import MissingData
 
     for split in SPLITS:
         start = time.perf_counter()
         try:
             segments = task.segments(split, seed)
-        except MissingData as error:
+        except ValueError as error:  # data are missing, or these settings have none
             raise UserError(str(error)) from error
         seconds = f"{time.perf_counter() - start:.2f}"
         for index, segment in enumerate(segments):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 
 from bench import source
 from bench.config import Budget, Choice
+from bench.errors import UserError
 from bench.store import Store, digest
 
 ALWAYS_RETRIED = (
@@ -40,6 +42,7 @@ class Cell:
     source_hash: str
     replicas: list[Replica]
     settings: dict[str, Any] = field(default_factory=dict)
+    contents: str | None = None  # hash of the user's own data
 
     @property
     def budget(self) -> Budget:
@@ -63,16 +66,22 @@ class Cell:
         return f"{self.names['task']} {self.names['backbone']} {self.names['attention']}"
 
 
-def identity(parts: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
+def identity(
+    parts: dict[str, Any], plugins: Sequence[str] = (), contents: str | None = None
+) -> dict[str, Any]:
     """Everything a cell's results depend on, as code and configs stand now.
 
     `attention_source` is the hash of the code of all mechanisms, those that the backbone itself brings included.
+
+    Args:
+        contents: hash of the data at the task's `path`; None: it has none.
 
     Raises:
         UserError: a `_target_` that cannot be found.
     """
     names = tuple(plugins)
-    return dict(
+    own = {} if contents is None else {"contents": contents}
+    return own | dict(
         program=training_version(),
         task=settings_of(parts["task"]),
         task_version=source.literal(source.resolve(parts["task"]["_target_"], names), "version"),
@@ -84,8 +93,32 @@ def identity(parts: dict[str, Any], plugins: Sequence[str] = ()) -> dict[str, An
 
 
 def settings_of(task: dict[str, Any]) -> dict[str, Any]:
-    """What a task's data depend on: all but the folder that they lie in; their hashes stand in the record."""
+    """What a task's data depend on: all but the place that they lie in, for which `contents` stands."""
     return {key: value for key, value in task.items() if key != "path"}
+
+
+@cache
+def contents(path: str | None) -> str | None:
+    """Hash of the names and bytes of the files at a path of the user's, read once a process; None: of none.
+
+    Raises:
+        UserError: nothing is there, or it cannot be read.
+    """
+    if path is None:
+        return None
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(f"task.path: no such file or folder: {path}; type task.path=FOLDER with the data, or leave it out")
+    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
+    known = hashlib.sha256()
+    try:
+        for file in files:
+            known.update(file.relative_to(found).as_posix().encode() + b"\0")
+            with file.open("rb") as stream:
+                known.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise UserError(f"task.path: cannot read {error.filename}: {error.strerror or error}") from error
+    return known.hexdigest()[:20]
 
 
 def mechanism_hash(parts: dict[str, Any], plugins: Sequence[str] = ()) -> str:
@@ -103,7 +136,8 @@ def replica(common: dict[str, Any], learning_rate: float, seed: int) -> Replica:
 
 def cell(choice: Choice) -> Cell:
     """The cell of a configuration, with its replicas: every learning rate of the grid for every seed."""
-    common = identity(choice.parts, choice.settings["plugins"])
+    own = contents(choice.parts["task"].get("path"))
+    common = identity(choice.parts, choice.settings["plugins"], own)
     return Cell(
         id=digest(common),
         parts=choice.parts,
@@ -112,16 +146,19 @@ def cell(choice: Choice) -> Cell:
         source_hash=common["attention_source"],
         replicas=[replica(common, rate, seed) for rate in choice.budget.learning_rates for seed in choice.seeds],
         settings=choice.settings,
+        contents=own,
     )
 
 
 def is_stale(record: dict[str, Any]) -> bool:
     """Whether the same configuration would be another run today: the mechanism, the task or the program has changed.
 
+    The user's own data count as they were: whatever lies at their path today, the result is of those.
+
     Raises:
         UserError: the mechanism or the task is no longer there.
     """
-    common = identity(record["config"], record["plugins"])
+    common = identity(record["config"], record["plugins"], record.get("contents"))
     return replica(common, record["learning_rate"], record["seed"]).run_id != record["run_id"]
 
 

@@ -49,6 +49,7 @@ def _conditions(record: dict[str, Any]) -> str:
             version=record["task"]["version"],
             backbone=config["backbone"],
             budget=budget,
+            contents=record.get("contents"),
         )
     )
 
@@ -64,6 +65,8 @@ def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
         config_id=record["config_id"],
         cell_id=record["cell_id"],
         conditions_id=_conditions(record),
+        data_id=digest(record["data"]) if record.get("data") else None,
+        data_seed=record["seed"] if task.get("seeded", True) else 0,
         stale=stale,
         status=record["status"],
         reason=record["reason"],

@@ -67,6 +67,11 @@ class BindingRecall(Skill):
             raise ValueError(f"{where}num_pairs must be a square, got {num_pairs}; nearest: {side**2}")
         if side > most:
             raise ValueError(f"{where}num_pairs={num_pairs} needs more than {most} keys; raise vocab_size")
+        if num_pairs > self.vocab_size - self.first_value:
+            raise ValueError(
+                f"{where}num_pairs must be at most {self.vocab_size - self.first_value}, the values of "
+                f"vocab_size={self.vocab_size}, got {num_pairs}; nearest: vocab_size={(self.key_size + 1) * num_pairs}"
+            )
 
     def _given(self, split: str, seed: int) -> list[Batch] | None:
         if self.protocol == "clean":

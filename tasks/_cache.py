@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,9 +47,11 @@ def arrays(key: Mapping[str, Any], make: Callable[[], Mapping[str, np.ndarray]])
     if (stored := _read(folder)) is not None:
         return stored
     made = {name: np.asarray(array, order="C") for name, array in make().items()}
-    temporary = folder.with_name(f".new-{uuid.uuid4().hex}")
     try:
-        temporary.mkdir(parents=True)
+        temporary = new_folder(folder.parent)
+    except OSError:  # not writable
+        return made
+    try:
         for name, array in made.items():
             np.save(temporary / f"{name}.npy", array)
         description = json.dumps({"names": list(made), "key": dict(key)}, indent=1, default=str)
@@ -55,10 +59,26 @@ def arrays(key: Mapping[str, Any], make: Callable[[], Mapping[str, np.ndarray]])
         if folder.is_dir() and _read(folder) is None:  # damaged, else somebody was faster
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except OSError:  # full, not writable, or somebody was faster
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError:  # full, or somebody was faster
         return made
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return _read(folder) or made
+
+
+def new_folder(parent: Path) -> Path:
+    """An empty folder to write in before it gets its name; what a killed process left a day ago or earlier is removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    temporary = parent / f".new-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    for left in parent.glob(".new-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left)
+    return temporary
 
 
 def _read(folder: Path) -> dict[str, np.ndarray] | None:

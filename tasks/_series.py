@@ -75,8 +75,9 @@ def read(data: str, path: str | None, date: str) -> Series:
     """
     if data in PACKAGED:
         date, columns = PACKAGED[data]
+        alone = len({file for file, _ in columns.values()}) == 1
         parts = [
-            parse(sources.member(data, file, path), date, f"{data}, {name}").only(column, name)
+            parse(sources.member(data, file, path, alone=alone), date, f"{data}, {name}").only(column, name)
             for name, (file, column) in columns.items()
         ]
         return _joined(parts)

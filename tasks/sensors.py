@@ -128,7 +128,7 @@ class Sensors(Classification):
     def _part(self, part: str) -> tuple[list[np.ndarray], np.ndarray]:
         """Series and class numbers of a published part."""
         file = f"{self.set.title}_{part}.ts"
-        content = member("sensors", f"{FOLDER}{self.set.title}/{file}", self.path)
+        content = member("sensors", f"{FOLDER}{self.set.title}/{file}", self.path, alone=False)
         series, labels = _ts.read(content.decode("utf-8", "replace"), file)
         if not series or max(map(len, series)) > self.set.longest or series[0].shape[1] != self.set.channels:
             raise MissingData(

@@ -95,7 +95,7 @@ class SnippetDocuments(ByteDocuments):
     def _documents(self) -> list[tuple[str, list[_snippets.Rated]]]:
         documents: dict[tuple[str, str], list[_snippets.Rated]] = {}
         for kind in KINDS:
-            for sentence in _snippets.rated(kind, self.path):
+            for sentence in _snippets.rated(kind, self.path, alone=False):
                 documents.setdefault((kind, sentence.document), []).append(sentence)
         return [(kind, sentences) for (kind, _), sentences in documents.items()]
 

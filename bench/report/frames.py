@@ -19,6 +19,8 @@ RUNS = {
         "string",
         "hash of what every row of a board must share: task, backbone and budget, values included",
     ),
+    "data_id": ("string", "hash of the hashes of all splits; missing: none were made"),
+    "data_seed": ("Int64", "of the data; 0 for all seeds where they are the same"),
     "leaks": ("string", "how outputs come to depend on the future, in a causal slot; missing: they do not"),
     "stale": ("boolean", "the mechanism, the task or the program has changed since; not ranked"),
     "status": ("string", "ok, diverged, nan, oom, timeout, unsupported, error, killed or interrupted"),

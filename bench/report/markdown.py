@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 FILES = "Exact values: [leaderboard.csv](leaderboard.csv); all runs, scores and curves: `runs`, `scores`, `history`."
 GAP = (
-    "Nats per token of test: over all, where the context gives the token away (AR hits), and elsewhere. The share says "
-    "how much of what a mechanism lacks to softmax it lacks at hits; above 1 it is the better one elsewhere."
+    "Nats per token of test: over all, where the context has shown the n-gram that train hardly has (AR hits: {hits:,.0f} "
+    "tokens, {share}), and elsewhere. The share says how much of what a mechanism lacks to softmax it lacks at hits; "
+    "a share equal to theirs among tokens is what a gap without recall would give, and above 1 it is the better one "
+    "elsewhere."
+)
+NO_RECALL = (
+    "Softmax itself loses more at hits than elsewhere: it has not learned to recall within this budget, so the shares "
+    "say nothing of who can."
 )
 SOLVED = "solved"
 NOTE_LENGTH = 60  # characters of a reason in the ranking; the whole line stands under "Runs without a result"
@@ -38,8 +44,7 @@ def page(board: Board, plots: dict[str, str]) -> str:
         if len(slices.values(board.slices, key)) <= kind.table:
             heading = f"## {escape(f'{wording.heading(board.metric)} by {kind.label}')}"
             parts += [heading, "Test, mean over seeds.", table(*slice_table(board, key), left={0})]
-    if gap := recall_gap_table(board):
-        parts += ["## Recall in the gap to softmax", GAP, table(*gap, left={0})]
+    parts += recall_gap(board)
     if len(board.costs):
         parts += ["## Cost", table(*costs(board), left={0, 7})]
     if lines := wording.failures(board):
@@ -130,18 +135,25 @@ def slice_table(board: Board, key: str) -> tuple[list[str], list[list[str]]]:
     return ["attention", *map(slices.shown, names)], lines
 
 
-def recall_gap_table(board: Board) -> tuple[list[str], list[list[str]]] | None:
-    """Header and rows of the gap to softmax and the share of AR hits in it; None without slices of recall."""
-    gaps = recall_gaps(board.runs, board.frames.scores)
+def recall_gap(board: Board) -> list[str]:
+    """The section on the gap to softmax and the share of AR hits in it; nothing where no token is a hit.
+
+    Who looks ahead needs no recall, and is left out.
+    """
+    gaps = recall_gaps(board.runs[board.runs["attention"].isin(board.ranked)], board.frames.scores)
     if gaps.empty:
-        return None
+        return []
+    text = GAP.format(hits=gaps["hits"].iloc[0], share=f"{gaps['hit_tokens'].iloc[0]:.1%}".replace("%", " %"))
+    reference = gaps[gaps["attention"] == "softmax"]
+    if (reference["hit_loss"] >= reference["other_loss"]).any():
+        text += f" {NO_RECALL}"
     header = ["attention", "loss", "at hits", "elsewhere", "gap", "share of hits in the gap"]
     losses = ["loss", "hit_loss", "other_loss", "gap"]
     lines = [
         [str(row["attention"]), *(wording.number(row[name], False) for name in losses), wording.number(row["share"])]
         for row in gaps.to_dict("records")
     ]
-    return header, lines
+    return ["## Recall in the gap to softmax", text, table(header, lines, left={0})]
 
 
 def columns(board: Board) -> dict[str, str]:
@@ -181,7 +193,10 @@ def columns(board: Board) -> dict[str, str]:
     }
     if board.solvers:
         trivial = (
-            "what a solver that learns no more than its name says reaches on test, fitted on train; mean over seeds."
+            "what a solver that learns no more than its name says reaches on test, fitted on train (xz fits nothing: "
+            "it packs test); mean over seeds."
+            if "xz" in board.solvers
+            else "what a solver that learns no more than its name says reaches on test, fitted on train; mean over seeds."
         )
         texts["floor: trivial solver"] = trivial
     if board.references:

@@ -1,4 +1,4 @@
-"""How much of what a language model lacks to softmax it lacks at AR hits, the tokens that its context gives away.
+"""How much of what a language model lacks to softmax it lacks at AR hits, n-grams that only its context has shown.
 
 With T the scored tokens, H the hits among them and d the difference of the mean loss to the reference's in nats:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import pandas as pd
 
 HIT, OTHER = "hit", "other"  # values of the slice "recall"
-COLUMNS = ["attention", "loss", "hit_loss", "other_loss", "hit_tokens", "gap", "share", "seeds"]
+COLUMNS = ["attention", "loss", "hit_loss", "other_loss", "hits", "hit_tokens", "gap", "share", "seeds"]
 
 
 def recall_gaps(runs: pd.DataFrame, scores: pd.DataFrame, reference: str = "softmax") -> pd.DataFrame:
@@ -26,16 +26,17 @@ def recall_gaps(runs: pd.DataFrame, scores: pd.DataFrame, reference: str = "soft
         reference: row name of the mechanism that gaps are measured to.
 
     Returns:
-        COLUMNS: mean losses over seeds in nats per token of test, over all, hits and others; hit_tokens, the share of
-        hits among tokens; gap; share, missing for the reference, and where there is no gap to explain. Empty when the
-        board has no slice "recall"; gap and share are missing when it has no reference.
+        COLUMNS: mean losses over seeds in nats per token of test, over all, hits and others; hits, their number;
+        hit_tokens, their share among tokens; gap; share, missing for the reference, and where there is no gap to
+        explain. Empty when the board has no slice "recall" or no hit; gap and share are missing when it has no
+        reference.
     """
     chosen = runs.loc[runs["chosen"] & runs["good"], ["run_id", "attention"]]
     parts = scores[(scores["split"] == "test") & (scores["metric"] == "loss") & (scores["slice_key"] == "recall")]
     wide = parts.merge(chosen, on="run_id").pivot_table(
         index=["attention", "run_id"], columns="slice_value", values=["value", "count"]
     )
-    if wide.empty:
+    if wide.empty or not {HIT, OTHER} <= set(wide["count"]):
         return pd.DataFrame(columns=COLUMNS)
     wide = wide.astype("float64").groupby("attention").mean()
     hits, others = wide["count"][HIT], wide["count"][OTHER]
@@ -44,6 +45,7 @@ def recall_gaps(runs: pd.DataFrame, scores: pd.DataFrame, reference: str = "soft
             "loss": (wide["value"][HIT] * hits + wide["value"][OTHER] * others) / (hits + others),
             "hit_loss": wide["value"][HIT],
             "other_loss": wide["value"][OTHER],
+            "hits": hits,
             "hit_tokens": hits / (hits + others),
             "seeds": chosen.groupby("attention").size().reindex(wide.index),
         }

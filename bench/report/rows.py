@@ -67,6 +67,9 @@ def counted(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         other = fresh.index[fresh["conditions_id"] != fresh["conditions_id"].iloc[-1]]
         why[other] = "other conditions: the task, backbone or budget of this name had other values"
     fresh = runs[why.isna()]
+    same = fresh.groupby("data_seed")["data_id"].transform("last")  # of those that are known
+    why[fresh.index[(fresh["data_id"] != same).fillna(False)]] = "other data: those of this seed are not what they were"
+    fresh = runs[why.isna()]
     newest = fresh.groupby("attention")["cell_id"].transform("last")
     why[fresh.index[fresh["cell_id"] != newest]] = "superseded: the mechanism of this name had another configuration"
     aside = runs.assign(why=why)[why.notna()]

@@ -7,6 +7,7 @@ import pytest
 
 from bench import plan, source
 from bench.config import Choice, compose
+from bench.errors import UserError
 from bench.store import Store
 
 WINDOW = ["attention=sliding_window", "backbone=decoder", "budget=smoke"]
@@ -94,6 +95,40 @@ def test_the_order_of_keys_in_a_config_does_not_matter():
         settings=choice.settings,
     )
     assert plan.cell(turned).replicas == plan.cell(choice).replicas
+
+
+# -- data of the user's own -------------------------------------------------------------------------------
+
+
+def of_text(path):
+    plan.contents.cache_clear()  # as another command would
+    return cell("task=lm_text_byte", f"task.path={path}")
+
+
+def test_a_run_is_of_the_data_at_the_users_path_wherever_they_lie(tmp_path):
+    for name in ("a", "b", "elsewhere/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "text.txt").write_text(name[-1])
+    first, second, moved = (of_text(tmp_path / name) for name in ("a", "b", "elsewhere/a"))
+    assert first.id == moved.id and first.replicas == moved.replicas and first.names == moved.names
+    assert first.id != second.id and not set(first.replicas) & set(second.replicas)
+    assert [c.names["task"] for c in (first, second)] == ["lm_text_byte(path=a)", "lm_text_byte(path=b)"]
+    (tmp_path / "a" / "text.txt").rename(tmp_path / "a" / "other.txt")  # train.txt and test.txt may change places
+    renamed = of_text(tmp_path / "a")
+    (tmp_path / "a" / "other.txt").write_text("edited")
+    assert len({first.id, renamed.id, of_text(tmp_path / "a").id}) == 3
+
+
+def test_a_result_stays_that_of_the_data_it_was_made_of(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("as it was")
+    made = record(of_text(text)) | {"contents": of_text(text).contents}
+    text.write_text("as it is")
+    assert not plan.is_stale(made) and of_text(text).replicas[0].run_id != made["run_id"]
+    text.unlink()
+    assert not plan.is_stale(made)
+    with pytest.raises(UserError, match=r"task\.path: no such file or folder: .*text\.txt; type task\.path=FOLDER"):
+        of_text(text)
 
 
 # -- records ----------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,22 @@ def test_a_maker_that_fails_leaves_nothing(folder):
     with pytest.raises(RuntimeError, match="no such data"):
         _cache.arrays(KEY, fail)
     assert not folder.exists() or not list(folder.rglob("*"))
+
+
+def test_an_interrupted_write_leaves_nothing_and_a_killed_ones_leavings_go_after_a_day(folder, monkeypatch):
+    made = folder / "generated"
+    for name, age in ((".new-old", 90_000), (".new-young", 60)):
+        (made / name).mkdir(parents=True)
+        os.utime(made / name, (time.time() - age,) * 2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _cache.arrays(KEY, lambda: {"a": np.zeros(3)})
+    assert [path.name for path in made.iterdir()] == [".new-young"]
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_making(folder):

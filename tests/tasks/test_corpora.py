@@ -1,6 +1,7 @@
 """The corpora: what is read as text, and that no split holds what another has."""
 
 import bz2
+import shutil
 import sys
 import zipfile
 
@@ -156,7 +157,23 @@ def test_a_folder_of_yours_is_split_by_names_or_by_files(tmp_path, fresh):
     for name in ("train.txt", "valid.txt", "test.txt"):
         (tmp_path / name).write_text(name)
     assert read("text", tmp_path) == {split: [f"{split}.txt".encode()] for split in SPLITS}
-    (tmp_path / "test.txt").unlink()
+    (tmp_path / "valid.txt").rename(tmp_path / "test.1.txt")
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "valid" / "part.txt").write_text("of a folder")
+    _corpora._read.cache_clear()
+    found = read("text", tmp_path)
+    assert (found["train"], found["valid"]) == ([b"train.txt"], [b"of a folder"]) and len(found["test"]) == 2
+    (tmp_path / "notes.md").write_text("of no split")
+    _corpora._read.cache_clear()
+    with pytest.raises(MissingData, match=r"has files of train, valid and test, and notes\.md of none; move it"):
+        read("text", tmp_path)
+    shutil.rmtree(tmp_path / "valid")
+    _corpora._read.cache_clear()
+    with pytest.raises(MissingData, match="has files of train and test and none of valid; add them, or rename those"):
+        read("text", tmp_path)
+    for name in ("test.txt", "test.1.txt"):
+        (tmp_path / name).unlink()
+    (tmp_path / "training.txt").write_text("a word that begins like a split")
     for seed in range(40):
         (tmp_path / f"book{seed}.txt").write_bytes(prose(seed))
     _corpora._read.cache_clear()

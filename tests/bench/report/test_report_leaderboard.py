@@ -147,6 +147,20 @@ def test_runs_under_other_conditions_are_not_pooled():
     assert board.set_aside["why"].str.startswith("other conditions").all() and board.set_aside["runs"].sum() == 18
 
 
+def test_runs_on_other_data_of_the_same_seed_are_not_pooled():
+    new = frames(("softmax", "based"), trouble=False, data_id="new")
+    old = frames(("none",), trouble=False, data_id="old", started_at="2026-01-01T00:00:00+00:00")
+    failed = frames(("gla",), trouble=False, fail=("gla",), data_id=None)  # nothing is known of its data
+    (board,) = boards(joined(joined(old, new), failed))
+    assert board.ranked == ["softmax", "based"] and (board.table["attention"] == "gla").any()
+    assert board.set_aside.values.tolist() == [["none", "other data: those of this seed are not what they were", 9]]
+    unseeded = joined(new, frames(("none",), seeds=(3,), trouble=False, data_id="old", started_at="2026-01-01"))
+    (board,) = boards(unseeded)
+    assert board.ranked == ["softmax", "based", "none"]  # seeds may have data of their own
+    unseeded.runs["data_seed"] = 0
+    assert boards(unseeded)[0].ranked == ["softmax", "based"]
+
+
 def test_an_edited_mechanism_of_the_same_name_replaces_the_old_one():
     old = frames(("based",), trouble=False, cell_id="old", started_at="2026-01-01T00:00:00+00:00")
     new = frames(("based",), seeds=(0,), trouble=False)

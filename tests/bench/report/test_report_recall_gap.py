@@ -62,19 +62,44 @@ def test_without_a_gap_a_reference_or_slices_there_is_no_share():
     assert none.empty and list(none.columns) == COLUMNS
 
 
-def test_the_page_of_a_language_model_says_what_of_the_gap_is_recall():
+def test_without_a_single_hit_there_is_no_table():
+    runs, scores = frames({"softmax": [(1.0, 2.0)], "linear": [(2.0, 2.0)]})
+    for group in ("hit", "other"):
+        assert recall_gaps(runs, scores[scores["slice_value"] == group]).empty
+
+
+LOSS = {"softmax": (1.0, 2.0), "linear": (2.0, 2.0)}
+
+
+def page_with(losses, **changes):
+    """The page of a language model whose slices of recall have these losses at hits and elsewhere."""
     data = sliced.language()
-    loss = {"softmax": (1.0, 2.0), "linear": (2.0, 2.0)}
     recall = [
-        dict(run_id=run["run_id"], split="test", metric="loss", value=loss[run["attention"]][part], count=count,
+        dict(run_id=run["run_id"], split="test", metric="loss", value=losses[run["attention"]][part], count=count,
              slice_key="recall", slice_value=value)
         for run in data.runs.to_dict("records")
-        if run["attention"] in loss
+        if run["attention"] in losses
         for part, (value, count) in enumerate((("hit", HITS), ("other", OTHERS)))
     ]  # fmt: skip
     scores = pd.concat([data.scores, pd.DataFrame(recall)], ignore_index=True).astype(data.scores.dtypes)
-    (board,) = boards(dataclasses.replace(data, scores=scores))
-    page = markdown.page(board, {})
-    line = next(line for line in page.split("## Recall in the gap to softmax")[1].splitlines() if "| linear" in line)
+    runs = data.runs.assign(**{name: data.runs[name].where(data.runs["attention"] != "linear", value)
+                               for name, value in changes.items()})  # fmt: skip
+    (board,) = boards(dataclasses.replace(data, runs=runs, scores=scores))
+    return markdown.page(board, {})
+
+
+def test_the_page_of_a_language_model_says_what_of_the_gap_is_recall():
+    section = page_with(LOSS).split("## Recall in the gap to softmax")[1].split("\n## ")[0]
+    line = next(line for line in section.splitlines() if "| linear" in line)
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["linear", "2.000", "2.000", "2.000", "0.06400", "1.000"]
-    assert "Recall in the gap" not in markdown.page(boards(data)[0], {})
+    assert "AR hits: 64 tokens, 6.4 %)" in section and "has not learned to recall" not in section
+    assert "Recall in the gap" not in markdown.page(boards(sliced.language())[0], {})
+
+
+def test_who_looks_ahead_is_not_in_the_table():
+    section = page_with(LOSS, leaks="reads ahead").split("## Recall in the gap to softmax")[1].split("\n## ")[0]
+    assert "| softmax" in section and "| linear" not in section
+
+
+def test_shares_that_say_nothing_are_named():
+    assert "has not learned to recall" in page_with({"softmax": (2.5, 2.0), "linear": (3.0, 2.2)})
