@@ -186,6 +186,7 @@ def replicate(
     from bench.evaluation import evaluate
 
     efficiency.reset_peak_memory(device)
+    budget = training.within_epochs(budget, task, data["splits"]["train"])
     model = build(backbone, task.spec, attention, replica.seed).to(device)
     result = training.train(
         model,

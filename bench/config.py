@@ -26,6 +26,7 @@ TOP = (*GROUPS, *SETTINGS, "seed")
 HYDRA = re.compile(
     r"hydra/launcher|hydra\.launcher\.\w+(\.\w+)*|hydra\.(verbose|mode)"
 )  # of its settings, those for overrides
+OPTIONAL = "max_epochs", "micro_batch_size"  # of the budget: null is to be without, and no part of a run's identity
 SEARCHES = ("grid", "first_seed")  # of the learning rate: every rate for every seed, or for the first seed alone
 STATUSES = ("ok", "diverged", "nan", "oom", "timeout", "unsupported", "error", "killed", "interrupted")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -36,8 +37,9 @@ class Budget:
     """Training effort, equal for every mechanism of a leaderboard.
 
     Args:
-        max_steps: optimiser steps.
-        batch_size: examples per step; eval_batch_size: per evaluation chunk.
+        max_steps: optimiser steps; at most max_epochs times through train, where that is not null.
+        batch_size: examples per step; eval_batch_size: per evaluation chunk; micro_batch_size: per pass through the
+            model, whose gradients are summed over a step (null: all at once).
         learning_rates: peak rates; the grid is searched per mechanism, the choice falls on `valid`.
         warmup_steps: linear warm-up, then cosine to zero.
         eval_every: steps between evaluations on `valid`.
@@ -53,9 +55,11 @@ class Budget:
     max_steps: int = MISSING
     batch_size: int = MISSING
     learning_rates: list[float] = MISSING
+    max_epochs: int | None = None
     warmup_steps: int = 0
     eval_every: int = 100
     eval_batch_size: int = 256
+    micro_batch_size: int | None = None
     stop_at: float | None = None
     diverged_at: float = 10.0
     weight_decay: float = 0.1
@@ -71,6 +75,10 @@ class Budget:
         for name in ("max_steps", "batch_size", "eval_every", "eval_batch_size", "time_limit_seconds", "diverged_at"):
             if not getattr(self, name) > 0:
                 raise UserError(f"budget.{name} must be positive, got {getattr(self, name)}; nearest: 1")
+        for name in OPTIONAL:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"budget.{name} must be positive or null, got {value}; nearest: 1")
         for name in ("warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"budget.{name} must not be negative, got {getattr(self, name)}; nearest: 0")
@@ -92,11 +100,8 @@ class Budget:
 
     def identity(self) -> dict[str, Any]:
         """The fields that a result depends on; the grid and the limit on time only decide which results there are."""
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("learning_rates", "time_limit_seconds")
-        }
+        without = {"learning_rates", "time_limit_seconds", *(name for name in OPTIONAL if getattr(self, name) is None)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
 
 
 ConfigStore.instance().store(group="budget", name="base_budget", node=Budget)

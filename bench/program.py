@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from attentions.base import auxiliary_losses
 from bench.backbones.base import Backbone
 from bench.config import Budget
-from tasks.base import Batch, Task
+from tasks.base import IGNORE, Batch, Task
 
 Step = Callable[[Batch, float], dict[str, Tensor]]
 
@@ -34,12 +34,28 @@ def output_of(model: Backbone, batch: Batch) -> Tensor:
     )
 
 
+def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float, Tensor | float]]:
+    """A batch in parts of `size` examples, the share of each in its examples and in its labels; whole for None.
+
+    A mean over the labels of the batch is that sum of the parts' means; no part may be without labels.
+    """
+    if size is None or len(batch) <= size:
+        yield batch, 1.0, 1.0
+        return
+    labels = (batch.targets != IGNORE).flatten(1).sum(1)
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        part = batch.rows(rows)
+        yield part, len(part) / len(batch), labels[rows].sum() / labels.sum()
+
+
 def make_step(
     model: Backbone, task: Task, optimiser: torch.optim.Optimizer, budget: Budget, device: torch.device
 ) -> Step:
     """A function (batch, learning rate) -> the task's loss and those that mechanisms add, by name.
 
-    All are scalars on the device that nobody has waited for.
+    All are scalars on the device that nobody has waited for. A batch goes through the model in parts of
+    `micro_batch_size` examples whose gradients add up to the batch's.
     """
 
     def loss_of(batch: Batch) -> Tensor:
@@ -57,14 +73,20 @@ def make_step(
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        loss = forward(batch)
-        auxiliary = auxiliary_losses(model)
-        total = loss + sum(auxiliary.values()) if auxiliary else loss
         optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        losses: dict[str, Tensor] = {}
+        for part, share, labelled in micro_batches(batch, budget.micro_batch_size):
+            loss = forward(part) * labelled if share < 1 else forward(part)
+            auxiliary = auxiliary_losses(model)
+            if share < 1:
+                auxiliary = {name: term * share for name, term in auxiliary.items()}
+            total = loss + sum(auxiliary.values()) if auxiliary else loss
+            total.backward()
+            for name, term in {"loss": loss, **auxiliary}.items():
+                losses[name] = losses[name] + term.detach() if name in losses else term.detach()
         if budget.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm, foreach=True)
         optimiser.step()
-        return {"loss": loss.detach(), **{name: term.detach() for name, term in auxiliary.items()}}
+        return losses
 
     return step

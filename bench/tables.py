@@ -90,7 +90,7 @@ def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
         state_bytes=cost.get("state_bytes", nan),
         state_length=cost.get("state_length", nan),
         steps=training.get("steps", nan),
-        max_steps=record["config"]["budget"]["max_steps"],
+        max_steps=training.get("max_steps", record["config"]["budget"]["max_steps"]),
         examples=training.get("examples", nan),
         train_seconds=training.get("seconds", nan),
         tokens_per_second=training.get("tokens_per_second", nan),

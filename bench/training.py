@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -52,6 +53,14 @@ def epochs(task: Task, segments: Sequence[Batch], batch_size: int, seed: int) ->
     generator = torch.Generator().manual_seed(stream(seed, f"{task.id} order"))
     for _ in itertools.count():
         yield from task.batches(segments, batch_size, generator)
+
+
+def within_epochs(budget: Budget, task: Task, segments: Sequence[Batch]) -> Budget:
+    """The budget with the steps that its `max_epochs` of these segments allow."""
+    if budget.max_epochs is None:
+        return budget
+    one = sum(1 for _ in task.batches(segments, budget.batch_size, torch.Generator()))
+    return dataclasses.replace(budget, max_steps=min(budget.max_steps, one * budget.max_epochs))
 
 
 def optimiser(model: Backbone, peak: float, budget: Budget, device: torch.device) -> torch.optim.Optimizer:

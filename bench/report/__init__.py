@@ -60,7 +60,7 @@ def write(
     for page in pages:
         if any(column.board.key in wanted for column in page.columns):
             paths += files.save(folder / folders[page.key], group_contents(page, links), files.OWN_OF_GROUP)
-    for name, made in mad_page.pages(frames, defaults).items():
+    for name, made in mad_page.pages(boards, defaults).items():
         paths += files.save(folder / name, made, mad_page.OWN)
     return paths
 

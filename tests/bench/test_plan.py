@@ -17,6 +17,8 @@ CHANGES = {
     "attention": ["attention.window=15", "attention.bias=true", "attention=softmax"],
     "budget": [
         "budget.max_steps=21",
+        "budget.max_epochs=3",
+        "budget.micro_batch_size=3",
         "budget.batch_size=17",
         "budget.warmup_steps=6",
         "budget.eval_every=11",

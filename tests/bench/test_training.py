@@ -165,7 +165,45 @@ def test_the_gradient_is_clipped_to_the_budgets_norm():
     assert moved.item() == pytest.approx(1e-3, rel=1e-3)  # plain descent at rate 1 moves by the norm of the gradient
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 99])
+def test_a_step_in_micro_batches_is_the_step_of_the_whole_batch(size):
+    mqar = task()
+    batch = mqar.segments("train", 0)[0].rows(slice(0, 5))
+    batch.targets[1:3, 0] = IGNORE  # examples with fewer labels than others weigh less
+    weights, losses = [], []
+    for micro in (None, size):
+        network = model().double()
+        budget = dataclasses.replace(BUDGET, micro_batch_size=micro)
+        optimiser = torch.optim.SGD(network.parameters(), lr=1.0)
+        losses.append(make_step(network, mqar, optimiser, budget, CPU)(batch, 1.0)["loss"].double())
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_mechanisms_are_means_over_micro_batches():
+    class Counting(Softmax):
+        def attend(self, q, k, v, *, key_mask=None):
+            self._auxiliary["rows"] = q.new_tensor(float(len(q)))
+            return super().attend(q, k, v, key_mask=key_mask)
+
+    mqar, network = task(), model(Counting)
+    batch = mqar.segments("train", 0)[0].rows(slice(0, 5))
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.0)
+    step = make_step(network, mqar, optimiser, dataclasses.replace(BUDGET, micro_batch_size=2), CPU)
+    assert step(batch, 0.0)["rows"].item() == pytest.approx((2 * 2 + 2 * 2 + 1 * 1) / 5)
+
+
 # -- how training ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_epochs", "steps"), [(None, 7), (1, 5), (2, 7)])
+def test_an_epoch_is_once_through_train(max_epochs, steps):
+    mqar = task()
+    budget = dataclasses.replace(BUDGET, max_epochs=max_epochs)
+    limited = training.within_epochs(budget, mqar, mqar.segments("train", 0))
+    assert limited.max_steps == steps, "23 examples are five batches of 5"
+    assert dataclasses.replace(limited, max_steps=7) == budget
 
 
 def test_training_counts_steps_examples_and_tokens_and_evaluates_at_every_interval_and_the_end():
