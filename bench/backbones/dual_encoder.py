@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from attentions.base import Attention, Factory
 from bench.backbones.encoder import Encoder
-from bench.backbones.heads import SequenceHead
+from bench.backbones.heads import Classifier, SequenceHead, check_widths
 from bench.backbones.layers import check_settings, make_norm
 from bench.errors import UserError
 from tasks.base import PerSequence, TaskSpec
@@ -71,8 +70,7 @@ class DualEncoder(Encoder):
                 f"backbone dual_encoder has one embedding for both sequences, got {task.inputs} and {task.context}; "
                 "type backbone=cross"
             )
-        if any(isinstance(width, bool) or not isinstance(width, int) or width < 1 for width in head_widths):
-            raise UserError(f"backbone.head_widths must be whole numbers of at least 1, got {list(head_widths)}")
+        check_widths(head_widths)
         check_settings(dim=dim, words={"features": (features, FEATURES)}, rates={}, depths={})
         longest = max(task.length, task.context_length or 0)
         super().__init__(
@@ -121,19 +119,14 @@ class DualEncoder(Encoder):
         return super().forward(torch.cat(both), key_mask=mask)
 
 
-class Comparison(nn.Module):
+class Comparison(Classifier):
     """The ends of both sequences [2B, 1, M], first ones first -> logits [B, 1, C]: features, then an MLP with ReLU."""
 
     def __init__(self, dim: int, num_classes: int, features: str, widths: Sequence[int]):
-        super().__init__()
-        self.matched = features == "matched"
-        sizes = [dim * (4 if self.matched else 2), *widths]
-        self.hidden = nn.ModuleList(nn.Linear(size, width) for size, width in itertools.pairwise(sizes))
-        self.classes = nn.Linear(sizes[-1], num_classes)
+        matched = features == "matched"
+        super().__init__(dim * (4 if matched else 2), num_classes, widths)
+        self.matched = matched
 
     def forward(self, ends: Tensor) -> Tensor:
         x1, x2 = ends.chunk(2)
-        x = torch.cat([x1, x2, x1 * x2, x1 - x2] if self.matched else [x1, x2], -1)
-        for layer in self.hidden:
-            x = layer(x).relu()
-        return self.classes(x)
+        return super().forward(torch.cat([x1, x2, x1 * x2, x1 - x2] if self.matched else [x1, x2], -1))

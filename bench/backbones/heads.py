@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from bench.backbones.reconstruction import ReconstructionHead
+from bench.errors import UserError
 from tasks.base import PerSequence, Reconstruction, TaskSpec, Values
 
 POOLINGS = ("mean", "first", "last")
@@ -55,6 +59,27 @@ class TokenHead(nn.Module):
         return self.project(self.norm(at_positions(x, positions)))
 
 
+class Classifier(nn.Module):
+    """x [..., dim] -> logits [..., C] by an MLP with ReLU; `widths`: of its hidden layers."""
+
+    def __init__(self, dim: int, num_classes: int, widths: Sequence[int]):
+        super().__init__()
+        sizes = [dim, *widths]
+        self.hidden = nn.ModuleList(nn.Linear(size, width) for size, width in itertools.pairwise(sizes))
+        self.classes = nn.Linear(sizes[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.hidden:
+            x = layer(x).relu()
+        return self.classes(x)
+
+
+def check_widths(widths: Sequence[int]) -> None:
+    """Raises UserError: not widths of hidden layers."""
+    if any(isinstance(width, bool) or not isinstance(width, int) or width < 1 for width in widths):
+        raise UserError(f"backbone.head_widths must be whole numbers of at least 1, got {list(widths)}")
+
+
 class SequenceHead(nn.Module):
     """One prediction [B, 1, C] for the whole sequence: pooled over its unmasked positions, normed and projected.
 
@@ -63,14 +88,16 @@ class SequenceHead(nn.Module):
         norm: of the stream, before the projection.
         dim: width M.
         pooling: mean, first or last unmasked position.
+        widths: of hidden layers of the projection.
     """
 
-    def __init__(self, spec: TaskSpec, norm: nn.Module, dim: int, pooling: str):
+    def __init__(self, spec: TaskSpec, norm: nn.Module, dim: int, pooling: str, widths: Sequence[int] = ()):
         super().__init__()
         assert isinstance(spec.output, PerSequence)
         self.pooling = pooling
         self.norm = norm
-        self.project = nn.Linear(dim, spec.output.num_classes)
+        classes = spec.output.num_classes
+        self.project = Classifier(dim, classes, widths) if widths else nn.Linear(dim, classes)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
         seen = torch.ones_like(x[..., 0], dtype=torch.bool) if key_mask is None else key_mask
@@ -86,11 +113,23 @@ class SequenceHead(nn.Module):
 
 
 def make_head(
-    spec: TaskSpec, norm: nn.Module, dim: int, pooling: str, tied: nn.Module | None
+    spec: TaskSpec,
+    norm: nn.Module,
+    dim: int,
+    pooling: str,
+    tied: nn.Module | None,
+    widths: Sequence[int] = (),
 ) -> TokenHead | SequenceHead | ReconstructionHead:
-    """The head of a task's output; where it reads a state rather than tokens, nothing is tied."""
+    """The head of a task's output; where it reads a state rather than tokens, nothing is tied.
+
+    Raises:
+        UserError: hidden layers, and more than one label per sequence.
+    """
+    check_widths(widths)
+    if widths and not isinstance(spec.output, PerSequence):
+        raise UserError("backbone.head_widths needs a task with one label per sequence; type backbone.head_widths=[]")
     if isinstance(spec.output, Reconstruction):
         return ReconstructionHead(spec, norm, dim)
     if isinstance(spec.output, PerSequence):
-        return SequenceHead(spec, norm, dim, pooling)
+        return SequenceHead(spec, norm, dim, pooling, widths)
     return TokenHead(spec, norm, dim, tied)

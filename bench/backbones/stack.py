@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Stack(Backbone):
             needed to reproduce its cells.
         mlp_ratio: width of the MLP or SGLU in units of dim; 0 means neither.
         pooling: what a task with one label per sequence reads: mean (over unmasked positions), first or last.
+        head_widths: of hidden layers between that and the label, each with a ReLU.
         tied_embeddings: the head shares the token embedding.
         embedding_dropout, residual_dropout: after the embedding; on every branch before it joins the stream.
         initialisation: scaled_normal or native, see `bench.backbones.initialise`.
@@ -54,6 +55,7 @@ class Stack(Backbone):
         state_mixer: str = "mlp",
         mlp_ratio: float = 4,
         pooling: str = "mean",
+        head_widths: Sequence[int] = (),
         tied_embeddings: bool = True,
         embedding_dropout: float = 0.0,
         residual_dropout: float = 0.0,
@@ -102,9 +104,8 @@ class Stack(Backbone):
             )
             layers.append(Layer(dim, factory(spec), state_mixer, mlp_ratio, residual_dropout, norm=norm))
         self.layers = nn.ModuleList(layers)
-        self.head = make_head(
-            task, make_norm(norm, dim), dim, pooling, self.embedding.tokens if tied_embeddings else None
-        )
+        tied = self.embedding.tokens if tied_embeddings else None
+        self.head = make_head(task, make_norm(norm, dim), dim, pooling, tied, head_widths)
 
     def forward(
         self,

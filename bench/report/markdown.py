@@ -181,7 +181,9 @@ def columns(board: Board) -> dict[str, str]:
         "every seed": "in the order of the seeds; a failed one by its status.",
         "solved": solved,
         "valid": "mean over seeds on the validation split.",
-        "learning rate": "chosen by `valid` alone; a rate with failed seeds ranks below one without. "
+        "learning rate": "the only one that was run."
+        if board.grid[1] == 1
+        else "chosen by `valid` alone; a rate with failed seeds ranks below one without. "
         f"▲ / ▼: the largest / smallest of the grid{below}.",
         "parameters": "trainable, embeddings included.",
         "state": "measured bytes that decoding one sequence carries after the given tokens, all layers; 1 kB is 1000 "

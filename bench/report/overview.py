@@ -10,15 +10,15 @@ from bench.report import SOLVED, rows, wording
 from bench.report.markdown import table
 
 NAME = "README.md"
-HEADER = ("board", "measure", "mechanisms", "seeds", "best", "softmax", "none", "trivial solver", "above it")
-LEFT = {0, 1, 4, 7}
-RUNS = ["run_id", "started_at", "status", "seed", "metric", "metric_unit", "higher_is_better", "chance"]
+HEADER = ("board", "measure", "mechanisms", "rates", "seeds", "best", "softmax", "none", "trivial solver", "above it")
+LEFT = {0, 1, 5, 8}
+RUNS = ["run_id", "started_at", "status", "learning_rate", "seed", "metric", "metric_unit", "higher_is_better", "chance"]
 SCORES = ["run_id", "metric", "split", "slice_key", "slice_value", "value"]
 INTRODUCTION = """# Leaderboards
 
-A line for each board in this folder; its page has every row, the intervals and the conditions. `best` is the best
-mean, often of a tie; `trivial solver` is the best that no network is needed for, or chance; `above it` counts the
-ranked rows whose whole interval is better.
+A line for each board in this folder; its page has every row, the intervals and the conditions. `rates` counts the
+learning rates that were run: of one, none was chosen. `best` is the best mean, often of a tie; `trivial solver` is the
+best that no network is needed for, or chance; `above it` counts the ranked rows whose whole interval is better.
 """
 
 
@@ -56,6 +56,7 @@ def _line(folder: Path) -> list[str] | None:
         f"[{folder.name}]",
         f"{wording.named(of.metric)}{'' if of.higher_is_better else ', lower is better'}",
         str(len(ranking)),
+        str(runs["learning_rate"].nunique()),
         f"{ranking['seeds_run'].max():g}",
         best,
         *(wording.number(means.get(name), fraction) for name in ("softmax", "none")),

@@ -184,6 +184,9 @@ def warnings(board: Board) -> list[str]:
     seeds = board.grid[2]
     if len(board.runs) < board.planned:
         lines.append(f"{board.planned - len(board.runs)} runs of the grid are missing; ranks are provisional.")
+    if board.grid[1] == 1 and len(ranked) > 1:
+        only = board.runs["learning_rate"].iloc[0]
+        lines.append(f"One learning rate ({only:g}) for all: none was chosen, and with another ranks may differ.")
     absent = [name for name in FLOORS if name not in set(board.runs["attention"])]
     if absent:
         lines.append(f"Floors not run: {', '.join(absent)}; how far a score is above them is unknown.")

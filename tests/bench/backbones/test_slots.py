@@ -234,3 +234,21 @@ def test_presets_build_and_know_the_pattern_of_their_slot(name, pattern):
     output.square().sum().backward()
     assert output.shape == (B, L, V)
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_hidden_layers_of_the_head_follow_the_pooling():
+    task = spec(context=False, per_sequence=True)
+    network = build(lambda *slot: Encoder(*slot, **SHAPE, head_widths=[7, 5]), task, Softmax, 0).double()
+    inputs = torch.randint(task.inputs.vocab_size, (3, task.length))
+    stream = []
+    network.head.norm.register_forward_pre_hook(lambda _, arguments: stream.append(arguments[0]))
+    logits = network(inputs)
+    x = network.head.norm(stream[0])
+    for layer in network.head.project.hidden:
+        x = torch.einsum("bpi,oi->bpo", x, layer.weight).add(layer.bias).clamp_min(0)
+    assert [layer.out_features for layer in network.head.project.hidden] == [7, 5]
+    torch.testing.assert_close(network.head.project.classes(x), logits)
+    with pytest.raises(UserError, match="head_widths needs a task with one label per sequence"):
+        Encoder(spec(context=False), Softmax, **SHAPE, head_widths=[7])
+    with pytest.raises(UserError, match=r"head_widths must be whole numbers of at least 1, got \[0\]"):
+        Encoder(task, Softmax, **SHAPE, head_widths=[0])

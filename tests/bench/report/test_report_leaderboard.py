@@ -124,6 +124,14 @@ def test_edges_are_marked_below_the_ceiling_only(board):
     assert row(strict, "based_hybrid")["edge"] == "largest"
 
 
+def test_a_page_says_where_only_one_learning_rate_was_run(board):
+    (one,) = boards(frames(("softmax", "none"), rates=(0.003,), trouble=False))
+    said = "One learning rate (0.003) for all: none was chosen, and with another ranks may differ."
+    assert said in wording.warnings(one) and "- **learning rate**: the only one that was run." in markdown.page(one, {})
+    assert not [line for line in wording.warnings(board) if line.startswith("One learning rate")]
+    assert "**learning rate**: chosen by `valid` alone" in markdown.page(board, {})
+
+
 def test_solve_rate_uses_the_threshold_that_is_passed_in(board):
     assert row(board, "softmax")["solved"] == 3 and row(board, "gated_delta_net")["solved"] == 0
     (lenient,) = boards(frames(), solved=0.5)

@@ -26,12 +26,14 @@ def test_every_board_is_a_line_with_what_tells_mechanisms_apart(tmp_path):
         if "[" in line and "|" in line
     }
     assert list(lines) == ["forecast", "language", "listops", "mqar"]
-    assert lines["mqar"][1:] == ["accuracy", "12", "3", "softmax 1.000", "1.000", "0.008", "chance 0.008", "12 of 12"]
+    assert lines["mqar"][1:] == [
+        *("accuracy", "12", "3", "3", "softmax 1.000", "1.000", "0.008", "chance 0.008", "12 of 12"),
+    ]
     (floor, *_) = boards(sliced.ALL["listops"]())[0].solvers.values()
-    assert lines["listops"][7] == f"root operator {floor:.3f}" and lines["listops"][8].endswith("of 10")
+    assert lines["listops"][8] == f"root operator {floor:.3f}" and lines["listops"][9].endswith("of 10")
     assert lines["forecast"][1].endswith("lower is better")
-    best, softmax = float(lines["forecast"][4].split()[-1]), float(lines["forecast"][5])
-    assert best <= softmax < float(lines["forecast"][6])
+    best, softmax = float(lines["forecast"][5].split()[-1]), float(lines["forecast"][6])
+    assert best <= softmax < float(lines["forecast"][7])
     assert all(f"[{name}]: {name}/leaderboard.md" in text for name in lines)
 
 
