@@ -90,9 +90,8 @@ def page(names: Sequence[str], pictures: Path | None = None, private: bool = Fal
             lines = ["| row | id | what it is | data |", "| --- | --- | --- | --- |"]
             for name in listed:
                 task = made(name)
-                identity = (
-                    task.id if task is not None else rows[name]["id"] + ("" if "/" in rows[name]["id"] else "/...")
-                )
+                begins = rows[name]["id begins"]
+                identity = f"{begins}{'' if '/' in begins else '/'}..." if task is None else task.id
                 cells = (f"**{name}**", f"`{identity}`", comment(files[name]), data(name, brief=True))
                 lines.append(f"| {' | '.join(cells)} |")
             parts.append(
@@ -118,7 +117,7 @@ def entry(name: str, task: Any, pictures: Path | None = None, private: bool = Fa
             pictures.mkdir(parents=True, exist_ok=True)
             atomic.replace(pictures / f"{name}.png", png)
             drawn = f"![examples of {name}]({pictures.name}/{name}.png)\n\n"
-    counts = [f"{sum(map(len, splits[split])):,}" for split in SPLITS]
+    counts = [f"{sum(map(len, task.unrepeated(splits[split]))):,}" for split in SPLITS]
     references = {key: value for key, value in solved.items() if key in task.references}
     floors = {key: value for key, value in solved.items() if key not in task.references}
     metric = spec.metrics[spec.primary]

@@ -88,7 +88,7 @@ def catalogue(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]
 
 
 def tasks(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
-    """One row per task preset: id, version and what it is."""
+    """One row per task preset: how its id begins (the rest may depend on data), version and what it is."""
     rows = []
     for name, path in files.items():
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -96,7 +96,7 @@ def tasks(files: dict[str, Path], plugins: list[str]) -> list[dict[str, str]]:
         protocol = str(config.get("protocol") or config.get("pattern") or "")
         identity = "/".join(filter(None, [source.literal(target, "name", ""), protocol]))
         version = str(source.literal(target, "version", "-"))
-        rows.append({"task": name, "id": identity, "version": version, "what": comment(path)})
+        rows.append({"task": name, "id begins": identity, "version": version, "what": comment(path)})
     return rows
 
 
@@ -186,6 +186,7 @@ def main() -> None:
 def show(title: str, rows: list[dict[str, str]]) -> None:
     """Print rows as an aligned table; wide columns fold in a terminal and never in a pipe."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
@@ -195,7 +196,7 @@ def show(title: str, rows: list[dict[str, str]]) -> None:
     for column in rows[0] if rows else []:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(escape, row.values()))
     console.print(table)
 
 

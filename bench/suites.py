@@ -14,6 +14,7 @@ from bench.errors import UserError
 
 AUTO = "auto"  # suite=auto: the one that the task belongs to
 FALLBACK = "recall"
+PUBLISHED = "_paper"  # how such suites end
 KIN = {  # tasks whose data come from a hub, and the suite of their packaged relatives
     "tasks.byte_text.ByteText": "documents",
     "tasks.byte_retrieval.ByteRetrieval": "pairs",
@@ -46,7 +47,7 @@ def completed(overrides: Sequence[str], config_dir: str | None = None) -> list[s
 
 
 def suite_of(task: str, config_dir: str | None = None) -> str:
-    """The suite that names the task, else one whose task is of the same class, else the first of all."""
+    """The suite that names the task, else one of ours whose task is of the same class, else the first of all."""
     return named(task, config_dir) or FALLBACK
 
 
@@ -60,6 +61,8 @@ def named(task: str, config_dir: str | None = None) -> str | None:
         if task in suites[name]:
             return name
     for name in ordered:
+        if name.endswith(PUBLISHED):  # at its published size a suite is for the rows that it names
+            continue
         if any(_read(files[other]).get("_target_") == own for other in suites[name] if other in files):
             return name
     return KIN.get(str(own))

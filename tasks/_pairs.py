@@ -16,6 +16,9 @@ from tasks._documents import BYTES, PAD, byte_ids, padded, spelled
 from tasks.base import Batch, TaskSpec, Tokens
 
 
+FEATURES, ROWS = 2**16, 2048  # hashed features; pairs whose features are in memory at a time
+
+
 def pair_spec(vocab_size: int, classes: Sequence[str], length: int) -> TaskSpec:
     """The spec of a task of this kind: inputs and context of one vocabulary and one length."""
     tokens = Tokens(vocab_size=vocab_size)
@@ -66,10 +69,9 @@ class PairClassification(Classification):
         """What the two texts share, and each of them alone: a model of one side shows what the labels betray."""
         texts = self.texts(splits)
         words = _vectors(texts, analyzer="word", token_pattern=r"\w+")
-        parts = _vectors(texts, analyzer="char_wb", ngram_range=(3, 4))
+        parts = _overlaps(texts, analyzer="char_wb", ngram_range=(3, 4))
         overlap = {
-            split: np.column_stack([_overlap(*words[split]), _overlap(*parts[split]), _sizes(*texts[split])])
-            for split in splits
+            split: np.column_stack([_overlap(*words[split]), parts[split], _sizes(*texts[split])]) for split in splits
         }
         return {
             "linear, overlap": overlap,
@@ -104,12 +106,42 @@ def exchanged(lent: np.ndarray, wrong: Callable[[int, int], bool]) -> np.ndarray
 
 def _vectors(texts: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> dict[str, list[Any]]:
     """Rows of length one, weighted by tf-idf, of both sides of each split; hashed, so that long texts need no table."""
-    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+    from sklearn.feature_extraction.text import TfidfTransformer
 
-    hashed = HashingVectorizer(n_features=2**16, norm=None, alternate_sign=False, **options)
+    hashed = _hashed(options)
     counts = {split: [hashed.transform(side) for side in sides] for split, sides in texts.items()}
     weights = TfidfTransformer(sublinear_tf=True).fit(counts["train"][0])
     return {split: [weights.transform(side) for side in sides] for split, sides in counts.items()}
+
+
+def _overlaps(texts: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> dict[str, np.ndarray]:
+    """`_overlap` of the `_vectors` of each split, some pairs at a time: those of long texts would not fit into memory."""
+    from sklearn.preprocessing import normalize
+
+    hashed = _hashed(options)
+    first = texts["train"][0]
+    seen = np.zeros(FEATURES, np.int64)
+    for start in range(0, len(first), ROWS):
+        seen += np.bincount(hashed.transform(first[start : start + ROWS]).indices, minlength=FEATURES)
+    rarity = np.log((1 + len(first)) / (1 + seen)) + 1
+
+    def weighted(side: Sequence[str]) -> Any:
+        counts = hashed.transform(side)
+        counts.data = (np.log(counts.data) + 1) * rarity[counts.indices]
+        return normalize(counts, copy=False)
+
+    return {
+        split: np.concatenate(
+            [_overlap(*(weighted(side[i : i + ROWS]) for side in sides)) for i in range(0, len(sides[0]), ROWS)]
+        )
+        for split, sides in texts.items()
+    }
+
+
+def _hashed(options: Mapping[str, Any]) -> Any:
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    return HashingVectorizer(n_features=FEATURES, norm=None, alternate_sign=False, **options)
 
 
 def matched(texts: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, Any]:

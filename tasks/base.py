@@ -236,6 +236,10 @@ class Task(ABC):
             ValueError: an unknown split.
         """
 
+    def unrepeated(self, segments: Sequence[Batch]) -> Sequence[Batch]:
+        """The segments of a split without those that cut the same text again, to other lengths."""
+        return segments
+
     @abstractmethod
     def batches(self, segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
         """One epoch over `segments`; shuffled by the (CPU) generator, in order when it is None."""

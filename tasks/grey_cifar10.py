@@ -26,7 +26,7 @@ class GreyCIFAR10(PixelSequences):
     - fixed: of the 50,000 others those that nearly equal a test image are dropped, and a tenth of the rest, each class
       in the same share and near duplicates together, becomes valid. Grey levels are rounded. Input tokens, without a
       padding id, or continuous with S4's normalisation.
-    - lra: the last 5,000 images are valid, grey levels are cut to integers, and black pixels are masked, because Long
+    - lra: the last 5,000 images of the hub's file are valid (of TensorFlow's, in theirs), grey levels are cut to integers, and black pixels are masked, because Long
       Range Arena's models take id 0 for padding.
     - s4: continuous; valid is a tenth drawn by torch.randperm with seed 42.
 
@@ -44,7 +44,7 @@ class GreyCIFAR10(PixelSequences):
     2020, https://arxiv.org/abs/1902.00423, list duplicates of more kinds.
     """
 
-    version = 1
+    version = 2
     name = "grey_cifar10"
     source = "cifar10"
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -131,10 +131,10 @@ def grey(colours: np.ndarray, cut: bool = False) -> np.ndarray:
     """Luma of [..., 3] red, green and blue levels, uint8.
 
     Args:
-        cut: 0.2989 R + 0.587 G + 0.114 B cut to an integer, as TensorFlow; False: the weights of ITU-R 601 in units of
-            2^-16, rounded, as Pillow.
+        cut: (0.2989 R + 0.587 G + 0.114 B) / 255 times 255.5, cut to an integer, as TensorFlow's rgb_to_grayscale of
+            integers; False: the weights of ITU-R 601 in units of 2^-16, rounded, as Pillow.
     """
     red, green, blue = np.moveaxis(colours.astype(np.int64), -1, 0)
     if cut:
-        return ((2989 * red + 5870 * green + 1140 * blue) // 10000).astype(np.uint8)
+        return ((2989 * red + 5870 * green + 1140 * blue) * 511 // (10000 * 510)).astype(np.uint8)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)

@@ -93,6 +93,9 @@ class LanguageModeling(LanguageTask):
         rest = [cut(tokens, length, self.tokenizer.start) for length in self.eval_lengths]
         return [windows(inputs, targets, since=since, recall=hits), *rest]
 
+    def unrepeated(self, segments: Sequence[Batch]) -> Sequence[Batch]:
+        return segments[:1]
+
     def batches(self, segments: Sequence[Batch], batch_size: int, generator: torch.Generator | None) -> Iterator[Batch]:
         """One epoch; shuffled, the windows begin at an offset below L, and the first or last tokens are left out."""
         if generator is None:

@@ -17,7 +17,7 @@ from tasks._mqar_segments import whole
 from tasks._pathfinder_law import DIFFICULTIES, SIDES, law
 from tasks.base import SPLITS, Batch, Metric, PerSequence, Score, Task, TaskSpec, Tokens, Vectors
 
-WORDS = {"protocol": ("fixed", "lra"), "difficulty": DIFFICULTIES, "input": ("tokens", "continuous")}
+WORDS = {"protocol": ("fixed", "lra", "s4"), "difficulty": DIFFICULTIES, "input": ("tokens", "continuous")}
 CLASSES = "apart", "joined"
 CHUNK = 1024  # images drawn at a time; their records of sticks need not all be in memory at once
 
@@ -42,15 +42,16 @@ class Pathfinder(Task):
             directions, and gives up soon: of 10, 6 and 5 distractors that are asked for at 32 (easy, intermediate,
             hard) 3.4, 1.9 and 1.2 appear, so do they here, and 77, 73 and 66 % of the pixels are 0, at Path-X 87 %.
             Its models mask black pixels as padding, because both have id 0. Here every pixel is seen.
+        s4: the images of `lra`, as real numbers.
 
     Tokens are the 256 grey levels, whose order a model must find out by itself, as LRA demands; there is no padding.
     `continuous` gives brightness in [0, 1], as S4 reads these tasks, which makes it another task; it stands in the id.
 
     Args:
-        protocol: fixed or lra.
+        protocol: fixed, lra or s4.
         side: of the image: 16 (ours), 32, 64, 128 (Path-X) or 256.
         difficulty: easy, intermediate or hard: snakes of 6, 9 or 14 sticks; 3, 4 or 6 at 16 x 16. LRA reports hard.
-        input: tokens or continuous.
+        input: tokens or continuous; s4 has continuous.
         train, valid, test: number of images; published: 160000, 20000, 20000.
         num_distractors: shorter snakes; null: the published number.
 
@@ -86,13 +87,15 @@ class Pathfinder(Task):
             if value not in WORDS[word]:
                 near = difflib.get_close_matches(str(value), WORDS[word], n=1, cutoff=0.0)[0]
                 raise ValueError(f'unknown {word} "{value}"; nearest: {near}. All of them: {", ".join(WORDS[word])}')
+        if protocol == "s4" and input != "continuous":
+            raise ValueError(f"protocol s4 has input=continuous, got {input}; type task.protocol=lra for tokens")
         if side not in SIDES or isinstance(side, bool):
             nearest = min(SIDES, key=lambda known: abs(known - side)) if isinstance(side, (int, float)) else 32
             raise ValueError(f"side must be one of {', '.join(map(str, SIDES))}, got {side!r}; nearest: {nearest}")
         self.numbers = dict(train=train, valid=valid, test=test)
         for name, number in self.numbers.items():
             whole(name, number, 1)
-        self.law = law(side, difficulty, published=protocol == "lra")
+        self.law = law(side, difficulty, published=protocol != "fixed")
         if num_distractors is not None:
             whole("num_distractors", num_distractors, 0)
             self.law = self.law._replace(num_distractors=num_distractors)

@@ -172,12 +172,12 @@ def common_reason(runs: pd.DataFrame) -> str:
 
 
 def slices(runs: pd.DataFrame, scores: pd.DataFrame, of: Measure) -> pd.DataFrame:
-    """Mean over seeds of `test` at the chosen rate: attention, slice_key, slice_value, mean, seeds."""
+    """Mean over seeds of `test` at the chosen rate: attention, slice_key, slice_value, mean, seeds, items of a seed."""
     parts = scores[(scores["metric"] == of.metric) & (scores["split"] == "test")]
     parts = parts[~parts["slice_key"].isin(["all", FLOOR, REFERENCE])]
     parts = parts.merge(runs.loc[runs["chosen"] & runs["good"], ["run_id", "attention"]], on="run_id")
     groups = parts.groupby(["attention", "slice_key", "slice_value"], as_index=False)
-    return groups.agg(mean=("value", "mean"), seeds=("value", "count"))
+    return groups.agg(mean=("value", "mean"), seeds=("value", "count"), items=("count", "min"))
 
 
 def solvers(runs: pd.DataFrame, scores: pd.DataFrame, of: Measure, key: str = FLOOR) -> dict[str, float]:

@@ -20,6 +20,7 @@ WIDE = 30  # columns of a line of heat maps; a kind with more values has narrow 
 NARROW = 0.3
 COLOURED = 12  # mechanisms with a colour of their own among curves
 LABELS = 12  # of an axis
+FEWEST = 10  # items of a point of a curve; of fewer it would show their noise
 
 
 def by_segment(board: Board) -> Figure | None:
@@ -151,7 +152,8 @@ def _column(ax: Axes, numbers: np.ndarray, left: float, width: float, norm: Norm
 def by_number(board: Board) -> Figure | None:
     """Curves: the metric against every kind that is a number; the best mechanisms in colour, the others grey."""
     kinds = _kinds(board, slices.CURVES)
-    scales = {key: slices.scale(slices.values(board.slices, key)) for key in kinds}
+    own = board.slices[board.slices["items"] >= FEWEST]
+    scales = {key: slices.scale(slices.values(own, key)) for key in kinds}
     scales = {key: scale for key, scale in scales.items() if len(scale.x) > 1}
     names = board.ranked
     if not scales or not names:

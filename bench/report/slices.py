@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 KINDS = {
     "segment": Kind("length × pairs", SEGMENTS, table=math.inf),
     "distance": Kind("distance to the key (tokens)", DISTANCES, table=0),
-    "order": Kind("order of the query", DISTANCES, table=0),
+    "order": Kind("order", DISTANCES, table=0),
     **{key: Kind(key, HEAT) for key in ("class", "operator", "level", "depth", "setting", "digit", "variable")},
     "pairs": Kind("number of pairs", HEAT),
     "position": Kind("position", CURVES, table=0),

@@ -7,7 +7,7 @@ import pytest
 from bench.config import compose, options
 from bench.errors import UserError
 from bench.expand import expand
-from bench.suites import backbone_of, completed, named, suite_of
+from bench.suites import _brought, _read, backbone_of, completed, named, suite_of
 
 
 def test_a_task_belongs_to_the_suite_that_names_it_or_one_of_its_class():
@@ -15,6 +15,22 @@ def test_a_task_belongs_to_the_suite_that_names_it_or_one_of_its_class():
     assert suite_of("digits") == "images"
     assert suite_of("mqar_large") == "recall"  # named by none, of mqar's class
     assert suite_of("recall_causal_cross") == "recall"  # nowhere at all
+
+
+def test_a_published_row_brings_its_published_network_and_no_other_does():
+    for task, suite in (("byte_text_lra", "byte_text_paper"), ("etth1_paper", "informer_paper"), ("pathx_lra",) * 2):
+        assert suite_of(task) == suite.replace("_lra", "_paper")
+    assert [suite_of(task) for task in ("byte_text", "etth1", "pathx", "grey_cifar10")] == [
+        *("documents", "forecasting", "pathfinder", "pixels"),
+    ]
+    assert compose(["task=byte_retrieval_lra"]).names["backbone"] == "dual_encoder_paper"
+
+
+@pytest.mark.parametrize("group", ["backbone", "budget"])
+def test_every_published_part_belongs_to_a_published_suite(group):
+    paper = [path for name, path in options("suite").items() if name.endswith("_paper")]
+    named = {name for path in paper for name in _brought(_read(path), group)}
+    assert {name for name in options(group) if name.endswith("_paper")} <= named
 
 
 def test_auto_becomes_the_suite_and_leaves_the_rest():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import _cache
+from tasks import _cache, _pairs
 from tasks._disjoint import plain
 from tasks.base import SPLITS, Tokens
 from tasks.byte_retrieval import ByteRetrieval
@@ -96,6 +96,20 @@ def test_the_floor_of_overlap_tells_related_papers_and_one_side_alone_does_not(p
     task = ByteRetrieval(protocol="lra", max_length=300, path=papers[0])
     floors = task.solvers({split: [batch] for split, batch in all_rows(task).items()})
     assert floors["majority"] == 0.5 and floors["linear, overlap"] > 0.9 and floors["linear, first alone"] < 0.8
+
+
+def test_overlaps_in_blocks_are_those_of_whole_matrices(monkeypatch):
+    rng = np.random.default_rng(4)
+    texts = {
+        split: [[" ".join(f"w{word}" for word in rng.integers(60, size=rng.integers(1, 20))) for _ in range(n)]] * 2
+        for split, n in (("train", 23), ("test", 5))
+    }
+    options = dict(analyzer="char_wb", ngram_range=(3, 4))
+    want = {split: _pairs._overlap(*sides) for split, sides in _pairs._vectors(texts, **options).items()}
+    for rows in (1, 7, 100):
+        monkeypatch.setattr(_pairs, "ROWS", rows)
+        got = _pairs._overlaps(texts, **options)
+        assert all(np.array_equal(got[split], want[split]) for split in texts)
 
 
 @pytest.mark.parametrize(

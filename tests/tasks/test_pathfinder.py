@@ -252,7 +252,7 @@ def test_accuracy_is_counted_by_class_and_distance():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(protocol="s4"), 'unknown protocol "s4"; nearest: '),
+        (dict(protocol="s5"), 'unknown protocol "s5"; nearest: '),
         (dict(difficulty="medium"), 'unknown difficulty "medium"; nearest: '),
         (dict(input="token"), 'unknown input "token"; nearest: tokens. All of them: tokens, continuous'),
         (dict(side=30), "side must be one of 16, 32, 64, 128, 256, got 30; nearest: 32"),
@@ -266,7 +266,21 @@ def test_settings_without_images_are_one_line(change, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("row", ["pathfinder16", "pathfinder32", "pathfinder32_lra", "pathx", "pathx_lra"])
+def test_s4_has_the_images_of_lra_as_numbers():
+    settings = SMALL | dict(side=32)
+    tokens = Pathfinder(**settings | dict(protocol="lra"))
+    numbers = Pathfinder(**settings | dict(protocol="s4", input="continuous"))
+    assert (tokens.id, numbers.id) == ("pathfinder/lra_32_easy_tokens", "pathfinder/s4_32_easy_continuous")
+    (one,), (other,) = tokens.segments("test", 0), numbers.segments("test", 0)
+    assert torch.equal((other.inputs[..., 0].float() * 255).round().to(torch.uint8), one.inputs)
+    assert torch.equal(one.targets, other.targets)
+    with pytest.raises(ValueError, match="protocol s4 has input=continuous, got tokens; type task.protocol=lra"):
+        Pathfinder(**settings | dict(protocol="s4"))
+
+
+@pytest.mark.parametrize(
+    "row", ["pathfinder16", "pathfinder32", "pathfinder32_lra", "pathfinder32_s4", "pathx", "pathx_lra", "pathx_s4"]
+)
 def test_rows_name_every_keyword(row):
     given = yaml.safe_load((CONF / f"{row}.yaml").read_text())
     del given["_target_"]

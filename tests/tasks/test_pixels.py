@@ -210,10 +210,15 @@ def photographs(tmp_path_factory):
     return str(folder), colours
 
 
-def test_grey_is_the_luma_of_pillow_and_cut_that_of_the_formula():
+def test_grey_is_the_luma_of_pillow_and_cut_that_of_tensorflow():
     colours = np.random.default_rng(2).integers(0, 256, (40, 50, 3), np.uint8)
     assert (grey(colours) == np.asarray(Image.fromarray(colours).convert("L"))).all()
-    assert (grey(colours, cut=True) == np.floor(np.round(colours @ [0.2989, 0.587, 0.114], 6))).all()
+    scaled = colours.astype(np.float32) * np.float32(1 / 255)  # convert_image_dtype to float32, and back below
+    luma = scaled @ np.array([0.2989, 0.587, 0.114], np.float32)
+    theirs = (luma * np.float32(255.5)).astype(np.uint8)
+    assert (grey(colours, cut=True) == theirs).mean() > 0.999, "float32 rounds at integers"
+    levels = np.repeat(np.arange(256)[:, None], 3, 1)
+    assert (grey(levels, cut=True) == np.arange(256)).all(), "0.9999 * 255.5 / 255 keeps neutral greys"
     assert grey(np.full(3, 255)) == 255
 
 
