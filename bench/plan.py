@@ -66,9 +66,7 @@ class Cell:
         return f"{self.names['task']} {self.names['backbone']} {self.names['attention']}"
 
 
-def identity(
-    parts: dict[str, Any], plugins: Sequence[str] = (), contents: str | None = None
-) -> dict[str, Any]:
+def identity(parts: dict[str, Any], plugins: Sequence[str] = (), contents: str | None = None) -> dict[str, Any]:
     """Everything a cell's results depend on, as code and configs stand now.
 
     `attention_source` is the hash of the code of all mechanisms, those that the backbone itself brings included.
@@ -108,7 +106,9 @@ def contents(path: str | None) -> str | None:
         return None
     found = Path(path).expanduser()
     if not found.exists():
-        raise UserError(f"task.path: no such file or folder: {path}; type task.path=FOLDER with the data, or leave it out")
+        raise UserError(
+            f"task.path: no such file or folder: {path}; type task.path=FOLDER with the data, or leave it out"
+        )
     files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
     known = hashlib.sha256()
     try:

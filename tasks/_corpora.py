@@ -196,7 +196,9 @@ def _text(found: Path) -> dict[str, list[bytes]]:
     if len(known) < 2:
         return split_documents([file.read_bytes() for file in files])
     for missing in (split for split in SPLITS if split not in named):
-        raise MissingData(f"{found} has files of {' and '.join(known)} and none of {missing}; add them, or rename those")
+        raise MissingData(
+            f"{found} has files of {' and '.join(known)} and none of {missing}; add them, or rename those"
+        )
     if None in named:
         other = named[None][0].relative_to(found)
         raise MissingData(f"{found} has files of train, valid and test, and {other} of none; move it elsewhere")

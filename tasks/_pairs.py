@@ -15,7 +15,6 @@ from tasks._classification import Classification, classification_spec, labelled
 from tasks._documents import BYTES, PAD, byte_ids, padded, spelled
 from tasks.base import Batch, TaskSpec, Tokens
 
-
 FEATURES, ROWS = 2**16, 2048  # hashed features; pairs whose features are in memory at a time
 
 
@@ -115,7 +114,7 @@ def _vectors(texts: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> di
 
 
 def _overlaps(texts: Mapping[str, Sequence[Sequence[str]]], **options: Any) -> dict[str, np.ndarray]:
-    """`_overlap` of the `_vectors` of each split, some pairs at a time: those of long texts would not fit into memory."""
+    """`_overlap` of the `_vectors` of each split, some pairs at a time: all of them may not fit into memory."""
     from sklearn.preprocessing import normalize
 
     hashed = _hashed(options)

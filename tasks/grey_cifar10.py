@@ -26,8 +26,8 @@ class GreyCIFAR10(PixelSequences):
     - fixed: of the 50,000 others those that nearly equal a test image are dropped, and a tenth of the rest, each class
       in the same share and near duplicates together, becomes valid. Grey levels are rounded. Input tokens, without a
       padding id, or continuous with S4's normalisation.
-    - lra: the last 5,000 images of the hub's file are valid (of TensorFlow's, in theirs), grey levels are cut to integers, and black pixels are masked, because Long
-      Range Arena's models take id 0 for padding.
+    - lra: the last 5,000 images of the hub's file (theirs: of TensorFlow's) are valid, grey levels are cut to integers,
+      and black pixels are masked, because Long Range Arena's models take id 0 for padding.
     - s4: continuous; valid is a tenth drawn by torch.randperm with seed 42.
 
     Args:

@@ -16,9 +16,9 @@ from bench.report.statistics import LEVEL
 OWN = ["mad.md", "mad.csv"]
 WORDS = (
     "score: the mean over skills, and within a skill over the settings below, of the accuracy on test at the learning "
-    f"rate that the setting's own board has chosen on valid, with its interval at {LEVEL:.0%} over seeds. Settings that "
-    "a mechanism has no result for are left out of its mean and counted, so compare rows with equal counts only. Each "
-    "setting's column is that accuracy, mean over seeds; failed seeds are not in it, and the boards say which."
+    f"rate that the setting's own board has chosen on valid, with its interval at {LEVEL:.0%} over seeds. Settings "
+    "that a mechanism has no result for are left out of its mean and counted, so compare rows with equal counts only. "
+    "Each setting's column is that accuracy, mean over seeds; failed seeds are not in it, and the boards say which."
 )
 AHEAD = "looks ahead, not ranked: "
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 FILES = "Exact values: [leaderboard.csv](leaderboard.csv); all runs, scores and curves: `runs`, `scores`, `history`."
 GAP = (
-    "Nats per token of test: over all, where the context has shown the n-gram that train hardly has (AR hits: {hits:,.0f} "
-    "tokens, {share}), and elsewhere. The share says how much of what a mechanism lacks to softmax it lacks at hits; "
+    "Nats per token of test: over all, where the context has shown the n-gram that train hardly has (AR hits: "
+    "{hits:,.0f} tokens, {share}), and elsewhere. The share says how much of what a mechanism lacks to softmax it lacks at hits; "
     "a share equal to theirs among tokens is what a gap without recall would give, and above 1 it is the better one "
     "elsewhere."
 )
@@ -195,10 +195,8 @@ def columns(board: Board) -> dict[str, str]:
     }
     if board.solvers:
         trivial = (
-            "what a solver that learns no more than its name says reaches on test, fitted on train (xz fits nothing: "
-            "it packs test); mean over seeds."
-            if "xz" in board.solvers
-            else "what a solver that learns no more than its name says reaches on test, fitted on train; mean over seeds."
+            "what a solver that learns no more than its name says reaches on test, fitted on train"
+            f"{' (xz on nothing: it packs test)' if 'xz' in board.solvers else ''}; mean over seeds."
         )
         texts["floor: trivial solver"] = trivial
     if board.references:

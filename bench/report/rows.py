@@ -33,7 +33,7 @@ class Measure(NamedTuple):
 
     @property
     def bounds(self) -> statistics.Interval:
-        """Range of the metric: a share lies in 0..1; what is better the lower (a loss, an error, bits) is not below 0."""
+        """Range of the metric: a share lies in 0..1; what is better the lower (a loss, an error) is not below 0."""
         if self.unit == "fraction":
             return 0.0, 1.0
         return (-float("inf") if self.higher_is_better else 0.0), float("inf")

@@ -212,6 +212,8 @@ def test_a_setting_without_data_is_one_line(row, changes, message):
 
 def test_more_pairs_than_values_are_refused_with_the_vocabulary_that_they_need():
     setting = [{"length": 160, "num_pairs": 25, "num_examples": 50}]
-    with pytest.raises(InstantiationException, match=r"num_pairs must be at most 16, .* got 25; nearest: vocab_size=75"):
+    with pytest.raises(
+        InstantiationException, match=r"num_pairs must be at most 16, .* got 25; nearest: vocab_size=75"
+    ):
         task("mqar_compositional", test=setting)
     assert task("mqar_compositional", vocab_size=75, test=setting).segments("test", 0)[0].inputs.shape == (50, 160)

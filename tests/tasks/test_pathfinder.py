@@ -274,7 +274,7 @@ def test_s4_has_the_images_of_lra_as_numbers():
     (one,), (other,) = tokens.segments("test", 0), numbers.segments("test", 0)
     assert torch.equal((other.inputs[..., 0].float() * 255).round().to(torch.uint8), one.inputs)
     assert torch.equal(one.targets, other.targets)
-    with pytest.raises(ValueError, match="protocol s4 has input=continuous, got tokens; type task.protocol=lra"):
+    with pytest.raises(ValueError, match=r"protocol s4 has input=continuous, got tokens; type task\.protocol=lra"):
         Pathfinder(**settings | dict(protocol="s4"))
 
 

@@ -148,7 +148,9 @@ def test_a_split_that_is_not_there_is_one_line(tmp_path, form):
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, capfd):
     saved(tmp_path / "copy", "parquet", {split: split for split in ROWS})
     (tmp_path / "copy" / "test.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(sources.MissingData, match=r"cannot read test of reviews in .*copy: .*; correct task\.path") as caught:
+    with pytest.raises(
+        sources.MissingData, match=r"cannot read test of reviews in .*copy: .*; correct task\.path"
+    ) as caught:
         read(tmp_path / "copy", "test")
     assert "\n" not in str(caught.value)
 

@@ -41,7 +41,10 @@ def test_skills_count_alike_whatever_the_number_of_their_settings():
 
 def test_who_looks_ahead_stands_behind_the_others_and_is_named():
     runs = pd.DataFrame(
-        [run(name, "mad_recall/clean", 0, 0.5 + bool(leaks) / 4, leaks=leaks) for name, leaks in (("a", None), ("b", "x"))]
+        [
+            run(name, "mad_recall/clean", 0, 0.5 + bool(leaks) / 4, leaks=leaks)
+            for name, leaks in (("a", None), ("b", "x"))
+        ]
     )
     assert mad_scores(runs)["attention"].tolist() == ["a", "b"]
     page = mad_page._page("title", mad_scores(runs), runs)
