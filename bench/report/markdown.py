@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 FILES = "Exact values: [leaderboard.csv](leaderboard.csv); all runs, scores and curves: `runs`, `scores`, `history`."
 GAP = (
     "Nats per token of test: over all, where the context has shown the n-gram that train hardly has (AR hits: "
-    "{hits:,.0f} tokens, {share}), and elsewhere. The share says how much of what a mechanism lacks to softmax it lacks at hits; "
-    "a share equal to theirs among tokens is what a gap without recall would give, and above 1 it is the better one "
-    "elsewhere."
+    "{hits:,.0f} tokens, {share}), and elsewhere. The share says how much of what a mechanism lacks to softmax it "
+    "lacks at hits; a share equal to theirs among tokens is what a gap without recall would give, and above 1 it is "
+    "the better one elsewhere."
 )
 NO_RECALL = (
     "Softmax itself loses more at hits than elsewhere: it has not learned to recall within this budget, so the shares "
