@@ -97,7 +97,7 @@ def settings_of(task: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def contents(path: str | None) -> str | None:
-    """Hash of the names and bytes of the files at a path of the user's, read once a process; None: of none.
+    """Hash of names and bytes of the files at a path of the user's, but hidden ones; None: of none. Once a process.
 
     Raises:
         UserError: nothing is there, or it cannot be read.
@@ -109,7 +109,9 @@ def contents(path: str | None) -> str | None:
         raise UserError(
             f"task.path: no such file or folder: {path}; type task.path=FOLDER with the data, or leave it out"
         )
-    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
+    inside = [file.relative_to(found) for file in found.rglob("*") if file.is_file()]
+    visible = sorted(file for file in inside if not any(part.startswith(".") for part in file.parts))
+    files = [found] if found.is_file() else [found / file for file in visible]
     known = hashlib.sha256()
     try:
         for file in files:
@@ -136,12 +138,17 @@ def replica(common: dict[str, Any], learning_rate: float, seed: int) -> Replica:
 
 def cell(choice: Choice) -> Cell:
     """The cell of a configuration, with its replicas: every learning rate of the grid for every seed."""
-    own = contents(choice.parts["task"].get("path"))
+    path = choice.parts["task"].get("path")
+    own = contents(path)
+    names = dict(choice.names)
+    if own is not None:  # two texts of one file name are two rows
+        file = Path(path).name
+        names["task"] = names["task"].replace(f"path={file}", f"path={file}-{own[:6]}")
     common = identity(choice.parts, choice.settings["plugins"], own)
     return Cell(
         id=digest(common),
         parts=choice.parts,
-        names=choice.names,
+        names=names,
         task_version=common["task_version"],
         source_hash=common["attention_source"],
         replicas=[replica(common, rate, seed) for rate in choice.budget.learning_rates for seed in choice.seeds],

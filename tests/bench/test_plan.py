@@ -114,7 +114,9 @@ def test_a_run_is_of_the_data_at_the_users_path_wherever_they_lie(tmp_path):
     first, second, moved = (of_text(tmp_path / name) for name in ("a", "b", "elsewhere/a"))
     assert first.id == moved.id and first.replicas == moved.replicas and first.names == moved.names
     assert first.id != second.id and not set(first.replicas) & set(second.replicas)
-    assert [c.names["task"] for c in (first, second)] == ["lm_text_byte(path=a)", "lm_text_byte(path=b)"]
+    assert [c.names["task"] for c in (first, second)] == [
+        f"lm_text_byte(path={name}-{c.contents[:6]})" for name, c in (("a", first), ("b", second))
+    ]
     (tmp_path / "a" / "text.txt").rename(tmp_path / "a" / "other.txt")  # train.txt and test.txt may change places
     renamed = of_text(tmp_path / "a")
     (tmp_path / "a" / "other.txt").write_text("edited")
