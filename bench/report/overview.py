@@ -13,15 +13,8 @@ NAME = "README.md"
 HEADER = ("board", "measure", "mechanisms", "rates", "seeds", "best", "softmax", "none", "trivial solver", "above it")
 LEFT = {0, 1, 5, 8}
 RUNS = [
-    "run_id",
-    "started_at",
-    "status",
-    "learning_rate",
-    "seed",
-    "metric",
-    "metric_unit",
-    "higher_is_better",
-    "chance",
+    *("run_id", "started_at", "status", "learning_rate", "seed"),
+    *("metric", "metric_unit", "higher_is_better", "chance"),
 ]
 SCORES = ["run_id", "metric", "split", "slice_key", "slice_value", "value"]
 INTRODUCTION = """# Leaderboards

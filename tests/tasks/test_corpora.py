@@ -171,9 +171,11 @@ def test_a_folder_of_yours_is_split_by_names_or_by_files(tmp_path, fresh):
     _corpora._read.cache_clear()
     with pytest.raises(MissingData, match="has files of train and test and none of valid; add them, or rename those"):
         read("text", tmp_path)
-    for name in ("test.txt", "test.1.txt"):
+    for name in ("train.txt", "test.txt", "test.1.txt"):
         (tmp_path / name).unlink()
     (tmp_path / "training.txt").write_text("a word that begins like a split")
+    for name in ("test_model.py", "dev.py"):
+        (tmp_path / name).write_text("without train these are no splits")
     for seed in range(40):
         (tmp_path / f"book{seed}.txt").write_bytes(prose(seed))
     _corpora._read.cache_clear()
