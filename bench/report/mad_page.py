@@ -61,9 +61,10 @@ def _page(title: str, scores: pd.DataFrame, runs: pd.DataFrame) -> str:
     ]
     header = ["attention", "score", "settings", *settings]
     ahead = wide.dropna(subset=["leaks"])
-    notes = [AHEAD + "; ".join(f"{row['attention']} ({row['leaks']})" for row in ahead.to_dict("records"))]
-    notes = [escape(note) for note in (WORDS.replace("%", " %"), *notes[: len(ahead)])]
-    return "\n\n".join([f"# {escape(title)}", table(header, lines, left={0}), *notes]) + "\n"
+    notes = [WORDS.replace("%", " %")]
+    if len(ahead):
+        notes.append(AHEAD + "; ".join(f"{row['attention']} ({row['leaks']})" for row in ahead.to_dict("records")))
+    return "\n\n".join([f"# {escape(title)}", table(header, lines, left={0}), *map(escape, notes)]) + "\n"
 
 
 def _score(row: dict[Any, Any]) -> str:
