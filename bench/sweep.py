@@ -139,7 +139,8 @@ class Sweep:
             if number in self.running or not self.queue:
                 continue
             job = self.queue.pop(0)
-            self.running[number] = job, Child.start(job.cell, job.replicas, self.store, self.facts, slot)
+            facts = {**self.facts, "side_by_side": self.slots.count(slot)}
+            self.running[number] = job, Child.start(job.cell, job.replicas, self.store, facts, slot)
 
     def _watch(self) -> None:
         for number, (job, child) in list(self.running.items()):

@@ -98,6 +98,7 @@ def _run(record: dict[str, Any], stale: bool) -> dict[str, Any]:
         decode_ms_per_token=cost.get("decode_ms_per_token", nan),
         device=environment.get("device_name") or environment.get("cpu"),
         load=environment.get("load", nan),
+        gpu_runs=environment.get("side_by_side", nan) if "cuda" in environment else nan,
         dtype=record["precision"],
         torch=environment["torch"],
         python=environment["python"],

@@ -2,8 +2,8 @@
 
 A check `check_<name>` takes a factory (LayerSpec -> Attention) and a slot, and raises ContractError with one line: what
 differs, where, by how much; what it returns is a remark. Where it does not apply it raises NotApplicable with the
-reason. The first line of its docstring is its description. All of it runs in float64 unless said otherwise, on the
-CPU, in seconds.
+reason. The first line of its docstring is its description. All of it runs in float64 unless said otherwise, in
+seconds, and on the CPU but for `device`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attentions.base import Pattern
-from bench.contract import causality, decoding, independence, interface, numerics
+from bench.contract import causality, decoding, device, independence, interface, numerics
 from bench.contract.comparing import ContractError, NotApplicable
 from bench.contract.layers import Factory, slots, unbuildable
 
@@ -61,6 +61,7 @@ CHECKS = {
         Check(interface.check_dropout),
         Check(independence.check_heads),
         Check(decoding.check_state_bytes, CAUSAL),
+        Check(device.check_device),
     )
 }
 

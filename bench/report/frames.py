@@ -52,6 +52,7 @@ RUNS = {
     "decode_ms_per_token": ("float64", "median at batch 1"),
     "device": ("string", "name of the GPU or CPU"),
     "load": ("float64", "load of the machine per core in the last minute of the run, this run included"),
+    "gpu_runs": ("float64", "runs that the sweep kept on the same GPU at once, this one included; missing on a CPU"),
     "dtype": ("string", "float32 or bfloat16"),
     "torch": ("string", "version"),
     "python": ("string", "version"),

@@ -221,6 +221,12 @@ def warnings(board: Board) -> list[str]:
             f"The machine did other work beside {len(busy)} of {len(board.runs)} runs (load per core up to "
             f"{busy.max():.1f}): times are not to be compared; scores and sizes do not depend on it."
         )
+    shared = board.runs["gpu_runs"][board.runs["gpu_runs"] > 1]
+    if len(shared):
+        lines.append(
+            f"Up to {shared.max():.0f} runs at once shared a GPU: times are not those of a run that has it to itself, "
+            "and not to be compared; scores and sizes do not depend on it."
+        )
     if board.costs["device"].nunique() > 1:
         lines.append("Several devices: times and memory stand apart by device, compare them only within one.")
     return lines

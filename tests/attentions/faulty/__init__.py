@@ -1,6 +1,6 @@
 """Planted faults: tiny mechanisms, each wrong in one way that was published or shipped somewhere or nearly."""
 
-from faulty import causality, decoding, independence, interface, numerics
+from faulty import causality, decoding, device, independence, interface, numerics
 from faulty.registry import FAULTS
 
-__all__ = ["FAULTS", "causality", "decoding", "independence", "interface", "numerics"]
+__all__ = ["FAULTS", "causality", "decoding", "device", "independence", "interface", "numerics"]

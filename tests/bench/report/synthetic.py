@@ -189,6 +189,7 @@ def run(name: str, rate: float, seed: int, status: str, reason: str, **changes: 
         "decode_ms_per_token": 0.41 + 0.01 * len(name) if ok else None,
         "device": "AMD EPYC 7763",
         "load": 1.0,
+        "gpu_runs": None,
         "dtype": "float32",
         "torch": "2.13.0+cpu",
         "python": "3.11.7",

@@ -74,6 +74,15 @@ def test_a_busy_machine_is_said_beside_the_times():
     assert line.startswith("The machine did other work beside 6 of 18 runs (load per core up to 2.5): times are not")
 
 
+def test_runs_that_shared_a_gpu_are_said_beside_the_times():
+    data = frames(("softmax", "none"), trouble=False)
+    data.runs["gpu_runs"] = 1.0
+    assert not [line for line in wording.warnings(boards(data)[0]) if "shared a GPU" in line]
+    data.runs.loc[data.runs["seed"] == 1, "gpu_runs"] = 13.0
+    (line,) = [line for line in wording.warnings(boards(data)[0]) if "shared a GPU" in line]
+    assert line.startswith("Up to 13 runs at once shared a GPU: times are not")
+
+
 def test_a_search_by_the_first_seed_counts_its_own_runs():
     whole = frames(("softmax", "none"), trouble=False, search="first_seed")
     chosen = boards(whole)[0].runs
