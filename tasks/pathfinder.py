@@ -178,7 +178,7 @@ class Pathfinder(Task):
         quarter = self.law.side // 4
         groups: dict[str, tuple[Tensor, Callable[[int], str]]] = {
             "class": (segment.slices["class"].long(), lambda value: CLASSES[value]),
-            "distance": (
+            "disc_distance": (
                 (segment.slices["distance"] / quarter).long(),
                 lambda value: f"{value * quarter}-{(value + 1) * quarter}",
             ),

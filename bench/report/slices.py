@@ -40,6 +40,7 @@ KINDS = {
     "order": Kind("order", DISTANCES, table=0),
     **{key: Kind(key, HEAT) for key in ("class", "operator", "level", "depth", "setting", "digit", "variable")},
     "pairs": Kind("number of pairs", HEAT),
+    "disc_distance": Kind("distance of the two discs (pixels)", HEAT),
     "position": Kind("position", CURVES, table=0),
     "since": Kind("positions since the last occurrence", CURVES, table=0),
     "horizon": Kind("steps ahead", CURVES, table=0),

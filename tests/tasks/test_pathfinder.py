@@ -244,7 +244,7 @@ def test_accuracy_is_counted_by_class_and_distance():
     scores = {score.slice: score for score in task.score(torch.ones_like(segment.targets), segment)}
     assert scores["class", "joined"].value == 1 and scores["class", "apart"].value == 0
     assert scores["all", ""].value == pytest.approx(segment.targets.double().mean().item())
-    for key in ("class", "distance"):
+    for key in ("class", "disc_distance"):
         assert sum(score.count for (name, _), score in scores.items() if name == key) == 43
     assert int((segment.labels() != IGNORE).sum()) == 43 and len(CLASSES) == 2
 
