@@ -215,13 +215,14 @@ def warnings(board: Board) -> list[str]:
     ]
     if edges:
         lines.append(f"Best learning rate at the edge of the grid, a wider one may do better: {', '.join(edges)}.")
-    busy = board.runs["load"][board.runs["load"] > BUSY]
+    timed = board.runs[board.runs["good"]]
+    busy = timed["load"][timed["load"] > BUSY]
     if len(busy):
         lines.append(
-            f"The machine did other work beside {len(busy)} of {len(board.runs)} runs (load per core up to "
+            f"The machine did other work beside {len(busy)} of {len(timed)} runs (load per core up to "
             f"{busy.max():.1f}): times are not to be compared; scores and sizes do not depend on it."
         )
-    shared = board.runs["gpu_runs"][board.runs["gpu_runs"] > 1]
+    shared = timed["gpu_runs"][timed["gpu_runs"] > 1]
     if len(shared):
         lines.append(
             f"Up to {shared.max():.0f} runs at once shared a GPU: times are not those of a run that has it to itself, "
