@@ -13,6 +13,7 @@ from bench.contract.comparing import FORMS, ContractError, NotApplicable, requir
 from bench.contract.decoding import decode, leaves, started
 from bench.contract.layers import BATCH, Factory, build, inputs
 
+MASKED = 7  # positions at the end
 ELSEWHERE = "on device cpu", "same device", "on cpu", "is on meta"  # in what torch says of two devices in one operation
 
 
@@ -37,7 +38,7 @@ def check_device(factory: Factory, spec: LayerSpec) -> str:
 def on_gpu(factory: Factory, spec: LayerSpec) -> None:
     """Raises ContractError where the GPU's numbers are others in float64, or not finite in bfloat16 autocast."""
     for what, got, expected in zip(
-        ("output", "gradient of x", "decoding"),
+        ("output", "gradient of x", "output under a mask", "decoding"),
         everything(factory, spec, "cuda"),
         everything(factory, spec, "cpu"),
         strict=True,
@@ -56,7 +57,7 @@ def on_gpu(factory: Factory, spec: LayerSpec) -> None:
 
 
 def everything(factory: Factory, spec: LayerSpec, device: str) -> tuple[Tensor | None, ...]:
-    """Output, gradient of x and decoded outputs of one layer on a device, after a pass in train mode there."""
+    """Output, gradient of x, output under a mask and decoded outputs on a device, where the layer has trained as well."""
     module = build(factory, spec).to(device)
     x, *context = [part.to(device) for part in inputs(spec)]
     output = module(x.requires_grad_(), *context)
@@ -65,12 +66,15 @@ def everything(factory: Factory, spec: LayerSpec, device: str) -> tuple[Tensor |
     if output.requires_grad:
         output.square().sum().backward()
     gradient, x = x.grad, x.detach()
+    length = (context[0] if context else x).shape[1]
+    seen = torch.arange(length, device=device) < length - MASKED
+    masked = module(x, *context, key_mask=seen.expand(BATCH, -1))[:, :-MASKED]  # a masked position's own is nobody's
     decoded = stepwise(module, x, *context) if spec.causal else None
     training = build(factory, spec).to(device).train()
     loss = training(x, *context).square().sum() + sum(auxiliary_losses(training).values())
     if loss.requires_grad:
         loss.backward()
-    return output.detach(), gradient, decoded
+    return output.detach(), gradient, masked.detach(), decoded
 
 
 @torch.no_grad()
