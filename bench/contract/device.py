@@ -57,7 +57,7 @@ def on_gpu(factory: Factory, spec: LayerSpec) -> None:
 
 
 def everything(factory: Factory, spec: LayerSpec, device: str) -> tuple[Tensor | None, ...]:
-    """Output, gradient of x, output under a mask and decoded outputs on a device, where the layer has trained as well."""
+    """Output, gradient of x, output under a mask and decoded outputs; a layer in train mode runs there as well."""
     module = build(factory, spec).to(device)
     x, *context = [part.to(device) for part in inputs(spec)]
     output = module(x.requires_grad_(), *context)
