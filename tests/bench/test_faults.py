@@ -58,6 +58,7 @@ def undisturbed(tmp_path_factory):
     run = sweeping.sweep(results, "attention=broken_gate", *GRID)
     assert (run.returncode, run.stderr) == (0, "") and "done, 4 runs" in run.stdout
     assert [record["status"] for record in sweeping.records(results).values()] == ["ok"] * 4
+    assert {record["environment"]["side_by_side"] for record in sweeping.records(results).values()} == {1}
     return results
 
 
@@ -95,6 +96,7 @@ def test_however_a_child_ends_its_replica_has_a_status_and_the_others_go_on(tmp_
     found: dict[str, list[dict]] = {}
     for record in sweeping.records(tmp_path / "results").values():
         found.setdefault(record["names"]["attention"].removeprefix("broken_"), []).append(record)
+    assert found["linger"][0]["environment"]["side_by_side"] == 2
     told = {name: sorted((r["status"], r["reason"]) for r in group) for name, group in found.items()}
     status_0 = "the process ended with status 0 and no record"
     assert told == {
