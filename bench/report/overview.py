@@ -21,7 +21,8 @@ INTRODUCTION = """# Leaderboards
 
 A line for each board in this folder; its page has every row, the intervals and the conditions. `rates` counts the
 learning rates that were run: of one, none was chosen. `best` is the best mean, often of a tie; `trivial solver` is the
-best that no network is needed for, or chance; `above it` counts the ranked rows whose whole interval is better.
+best that no network is needed for, or chance; `above it` counts the ranked rows whose whole interval is better, or
+with one seed whose value is.
 """
 
 

@@ -201,7 +201,9 @@ def warnings(board: Board) -> list[str]:
     if few:
         lines.append(f"Fewer than {seeds} seeds at the chosen learning rate: {', '.join(few)}.")
     alone = [row["attention"] for row in ranked if row["seeds_ok"] == 1]
-    if alone:
+    if alone and len(alone) == len(ranked):
+        lines.append("One seed has no interval: all rows tie.")
+    elif alone:
         lines.append(f"One seed has no interval and ties with every row: {', '.join(alone)}.")
     hurt = [
         f"{row['attention']} ({row['seeds_ok']} of {row['seeds_run']}, {row['status']})"
