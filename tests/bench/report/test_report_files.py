@@ -211,6 +211,8 @@ def test_warnings_name_missing_runs_lonely_seeds_and_dirty_checkouts():
     assert "6 runs of the grid are missing" in lines
     assert "Fewer than 3 seeds at the chosen learning rate: based (1)" in lines
     assert "One seed has no interval and ties with every row: based." in lines
+    (alone,) = boards(frames(("softmax", "based"), seeds=(0,), trouble=False))
+    assert "One seed has no interval: all rows tie." in wording.warnings(alone)
     assert "3f2a9c1d5b with changes" in wording.conditions(board)["Machine"]
     assert "(one seed)" in markdown.page(board, {})
 
