@@ -43,6 +43,8 @@ def on_gpu(factory: Factory, spec: LayerSpec) -> None:
         everything(factory, spec, "cpu"),
         strict=True,
     ):
+        if (got is None) != (expected is None):
+            raise ContractError(f"there is no {what} on the {'GPU' if got is None else 'CPU'}")
         if got is not None and expected is not None:
             require_equal(got.cpu(), expected, f"{what} on the GPU against the CPU", FORMS)
     module = build(factory, spec, dtype=torch.float32).to("cuda").train()

@@ -11,17 +11,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-from two_sources import ROWS, only_these
+from two_sources import ROWS
 
 from tasks import _cache, _fetching, sources
 from tasks._origins import Archive, Source
 
+pytestmark = pytest.mark.usefixtures("home")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    return only_these(tmp_path / "home", monkeypatch)
 
 
 # -- archives -------------------------------------------------------------------------------------

@@ -7,20 +7,16 @@ from pathlib import Path
 
 import datasets
 import pytest
-from two_sources import PAIRS, ROWS, only_these
+from two_sources import PAIRS, ROWS
 
 from tasks import _cache, sources
 from tasks._origins import Archive, Hub, Source
 
+pytestmark = pytest.mark.usefixtures("home")
 PLAIN = {  # what a format without quotes can hold
     split: {"text": [text.translate({9: 32, 10: 32}) for text in rows["text"]], "label": rows["label"]}
     for split, rows in ROWS.items()
 }
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    return only_these(tmp_path / "home", monkeypatch)
 
 
 def read(path, split, name="reviews"):

@@ -1,7 +1,6 @@
 """Two sources that no hub has, and their rows, for tests of local copies and of fetching."""
 
-from tasks import _cache, sources
-from tasks._origins import Hub, Source
+from tasks._origins import Hub
 
 ROWS = {
     "train": {"text": ['a "quoted" tab\there', "NA", "", "two\nlines"], "label": [0, 1, 1, 0]},
@@ -18,12 +17,3 @@ PAIRS = Hub(
     options={"delimiter": "\t", "quoting": 3, "column_names": ["text", "label"]},
     num_bytes=1,
 )
-
-
-def only_these(folder, monkeypatch):
-    """An empty folder of data, without a hub."""
-    monkeypatch.setenv(_cache.ROOT, str(folder))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, origin in (("reviews", REVIEWS), ("pairs", PAIRS)):
-        monkeypatch.setitem(sources.SOURCES, name, Source(title="a test", licence="none", origin=origin))
-    return folder

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attentions.base import LayerSpec, Pattern
-from attentions.dense.softmax import Softmax
+from attentions.base import LayerSpec, Pattern, State
+from attentions.dense.softmax import KVCache, Softmax
 from faulty.registry import caught
 
 
@@ -34,3 +35,29 @@ class TableOnTheCPU(Softmax):
 
     def query(self, x: Tensor, *arguments: Any) -> Tensor:
         return super().query(x, *arguments) * self.table.to(x.dtype)
+
+
+@caught("device", "gives an output on cpu")
+class ResultOnTheCPU(Softmax):
+    """Writes its output into a tensor that is made without a device."""
+
+    patterns = Pattern.NONCAUSAL_SELF
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        return torch.zeros(x.shape, dtype=x.dtype)
+
+
+@dataclass
+class Counted(KVCache):
+    count: Tensor | None = None
+
+
+@caught("device", "leaves state.count on cpu")
+class CountOnTheCPU(Softmax):
+    """Decoding keeps a count beside the keys, on the CPU."""
+
+    patterns = Pattern.CAUSAL_SELF
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        output, state = super().step(x, state)
+        return output, Counted(**vars(state), count=torch.zeros(1))
